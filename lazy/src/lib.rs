@@ -1,0 +1,1 @@
+//! userfaultfd: the fault loop and prefetch.

@@ -1,0 +1,1 @@
+//! Page protocol over QUIC.

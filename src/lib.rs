@@ -1,0 +1,1 @@
+//! whimbrel moves running Linux processes between hosts.

