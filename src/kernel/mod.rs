@@ -1,0 +1,3 @@
+//! Typed system calls that the crates lack, and what the kernel can do.
+
+pub mod sys;
