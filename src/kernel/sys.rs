@@ -131,3 +131,34 @@ pub fn fcntl_int(fd: BorrowedFd<'_>, command: i32, argument: i32) -> io::Result<
     // SAFETY: these commands take an int, no pointer.
     check(i64::from(unsafe { libc::fcntl(fd.as_raw_fd(), command, argument) })).map(|value| value as i32)
 }
+
+/// Signal that a file sends instead of SIGIO (fcntl(2)).
+pub const F_GETSIG: i32 = 11;
+/// Sets it.
+pub const F_SETSIG: i32 = 10;
+
+#[repr(C)]
+struct OwnerEx {
+    kind: i32,
+    pid: i32,
+}
+
+/// `F_GETOWN_EX`: what kind of owner (thread 0, process 1, group 2) and its id; `None` where there can be none.
+pub fn owner_ex(fd: BorrowedFd<'_>) -> Option<(i32, i32)> {
+    const F_GETOWN_EX: i32 = 16;
+    let mut owner = OwnerEx { kind: 0, pid: 0 };
+    // SAFETY: the kernel writes one struct f_owner_ex.
+    check(i64::from(unsafe { libc::fcntl(fd.as_raw_fd(), F_GETOWN_EX, &raw mut owner) })).ok()?;
+    Some((owner.kind, owner.pid))
+}
+
+/// `F_SETOWN_EX`.
+///
+/// # Errors
+/// ESRCH when there is no such owner.
+pub fn set_owner_ex(fd: BorrowedFd<'_>, kind: i32, pid: i32) -> io::Result<()> {
+    const F_SETOWN_EX: i32 = 15;
+    let owner = OwnerEx { kind, pid };
+    // SAFETY: the kernel reads one struct f_owner_ex.
+    check(i64::from(unsafe { libc::fcntl(fd.as_raw_fd(), F_SETOWN_EX, &raw const owner) })).map(drop)
+}

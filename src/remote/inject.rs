@@ -94,6 +94,21 @@ pub struct Home {
     stack: Option<(RemoteAddr, Vec<u8>)>,
 }
 
+impl Home {
+    /// Reads the state of a stopped thread.
+    ///
+    /// # Errors
+    /// ESRCH when it was killed.
+    pub fn of(thread: &Stopped) -> Result<Home> {
+        Ok(Home {
+            registers: thread.registers()?.undisturbed(),
+            xstate: thread.xstate()?,
+            mask: thread.signal_mask()?,
+            stack: None,
+        })
+    }
+}
+
 /// A thread that is in the stub, or on its way there.
 pub struct Visitor {
     tid: i32,
@@ -156,7 +171,7 @@ impl StubProcess {
 
         let mut stub =
             StubProcess { pid, memory, gadgets, arena, channel: None, remote_descriptor: -1 };
-        let mut home = take_home(&leader)?;
+        let mut home = Home::of(&leader)?;
         let chain = stub.protect(&leader, &mut home, maps)?;
 
         leader.set_signal_mask(u64::MAX)?;
@@ -183,13 +198,23 @@ impl StubProcess {
         Ok((stub, visitor))
     }
 
+    /// Stops a visitor where it waits, so that another can be sent commands. Its next run takes it back into the stub.
+    ///
+    /// # Errors
+    /// When it died.
+    pub fn park(&mut self, visitor: &mut Visitor) -> Result<()> {
+        let state = std::mem::replace(&mut visitor.state, State::Lost);
+        visitor.state = State::Outside(stop_visitor(visitor.tid, state)?);
+        Ok(())
+    }
+
     /// Takes another stopped thread of the process as a visitor. One at a time, besides the leader.
     ///
     /// # Errors
     /// When it died.
     pub fn visit(&mut self, thread: Stopped, maps: &[Mapping]) -> Result<Visitor> {
         let tid = thread.tid();
-        let mut home = take_home(&thread)?;
+        let mut home = Home::of(&thread)?;
         let chain = self.protect(&thread, &mut home, maps)?;
         thread.set_signal_mask(u64::MAX)?;
         let visitor = Visitor { tid, state: State::Outside(thread), home, slot: 1 };
@@ -438,15 +463,6 @@ fn os_error(result: i64) -> std::io::Error {
         -4095..0 => std::io::Error::from_raw_os_error(-result as i32),
         other => std::io::Error::other(format!("unexpected result {other:#x}")),
     }
-}
-
-fn take_home(thread: &Stopped) -> Result<Home> {
-    Ok(Home {
-        registers: thread.registers()?,
-        xstate: thread.xstate()?,
-        mask: thread.signal_mask()?,
-        stack: None,
-    })
 }
 
 fn restore_home(thread: &Stopped, memory: &RemoteMemory, home: &Home) -> Result<()> {

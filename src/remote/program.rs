@@ -97,6 +97,8 @@ struct Step {
 pub struct Program {
     steps: Vec<Step>,
     data: Vec<u8>,
+    /// Words of the data that hold the address of other data: where, and of what.
+    pointers: Vec<(usize, usize)>,
 }
 
 impl Program {
@@ -134,6 +136,11 @@ impl Program {
         let offset = self.data.len().next_multiple_of(16);
         self.data.resize(offset + length, 0);
         Buffer { offset, length }
+    }
+
+    /// Makes the word at `at` in `buffer` the address of `target`.
+    pub fn store_address(&mut self, buffer: Buffer, at: usize, target: Buffer) {
+        self.pointers.push((buffer.offset + at, target.offset));
     }
 
     /// Adds a call that must not fail; `what` names it in errors ("set the alternate stack").
@@ -200,6 +207,10 @@ impl Program {
         }
         bytes.resize(self.data_offset(), 0);
         bytes.extend(&self.data);
+        for &(at, target) in &self.pointers {
+            let at = self.data_offset() + at;
+            bytes[at..at + 8].copy_from_slice(&(data + target as u64).to_le_bytes());
+        }
         bytes
     }
 

@@ -1,10 +1,12 @@
 //! x86_64.
 
+mod core_image;
 mod frame;
 mod gadget;
 mod registers;
 mod stub_text;
 
+pub use core_image::{from_image, to_image};
 pub use frame::{HealChain, build_heal_chain};
 pub use gadget::{find_restorer, find_syscall_return};
 pub use registers::{Registers, XState};

@@ -71,6 +71,36 @@ impl Registers {
         self
     }
 
+    /// Continues at another address.
+    pub fn set_ip(&mut self, ip: u64) {
+        self.0.rip = ip;
+    }
+
+    /// Takes the number of an interrupted system call from the code before it, `mov $nr,%eax; syscall`.
+    /// Where the code is something else, the call ends with EINTR.
+    pub fn with_syscall_from(mut self, code: &[u8]) -> Self {
+        match code {
+            [0xb8, a, b, c, d, 0x0f, 0x05] => self.0.orig_rax = u64::from(u32::from_le_bytes([*a, *b, *c, *d])),
+            _ => (self.0.rax, self.0.orig_rax) = (-(libc::EINTR as i64) as u64, u64::MAX),
+        }
+        self
+    }
+
+    /// What a thread that was stopped by us and by nothing else goes on with.
+    ///
+    /// Some waits end with EINTR when a thread is stopped although no signal came (signal(7), "Interruption of system
+    /// calls by stop signals"): these are started again, so that the program does not notice.
+    pub fn undisturbed(mut self) -> Self {
+        let interrupted = self.result() == -i64::from(libc::EINTR);
+        let waits = [libc::SYS_epoll_wait, libc::SYS_epoll_pwait, libc::SYS_epoll_pwait2, libc::SYS_semop, libc::SYS_semtimedop];
+        if interrupted && waits.contains(&(self.0.orig_rax as i64)) {
+            self.0.rax = self.0.orig_rax;
+            self.0.rip -= 2;
+            self.0.orig_rax = u64::MAX;
+        }
+        self
+    }
+
     /// Registers for a thread in another kernel object: as [`Registers::restarted`] only where the restart block
     /// matters, otherwise left for the kernel to restart when the thread resumes.
     pub fn for_restore(self) -> Self {

@@ -1,0 +1,108 @@
+//! Pipes, with what is in them.
+
+use std::os::fd::{AsFd, OwnedFd};
+
+use rustix::pipe::{PipeFlags, SpliceFlags};
+use whimbrel_images::proto::{FdTypes, FileEntry, PipeDataEntry, PipeEntry};
+
+use crate::error::{Context, Error, Result};
+use crate::kernel::sys;
+use crate::resource::fd::{self, FileDump, FileRestore, OpenFile};
+use crate::resource::FileKind;
+
+/// Anonymous pipes.
+pub struct Pipe;
+
+/// Largest amount of data that a pipe can be asked to hold without further checks, in bytes.
+const MAX_DATA: u32 = 1 << 30;
+
+impl FileKind for Pipe {
+    fn name(&self) -> &'static str {
+        "pipe"
+    }
+
+    fn types(&self) -> &'static [FdTypes] {
+        &[FdTypes::Pipe]
+    }
+
+    fn recognises(&self, file: &OpenFile) -> bool {
+        file.file_type() == libc::S_IFIFO && file.link.starts_with(b"pipe:")
+    }
+
+    fn dump(&self, file: &OpenFile, id: u32, dump: &mut FileDump<'_>) -> Result<FileEntry> {
+        let pipe_id = file.stat.st_ino as u32;
+        if dump.shared.first(FdTypes::Pipe, file.stat.st_ino) {
+            let data = peek(file).map_err(|error| error.object(file.describe()))?;
+            let size = sys::fcntl_int(file.handle.as_fd(), libc::F_GETPIPE_SZ, 0).ok().map(|size| size as u32);
+            let entry = PipeDataEntry { pipe_id, bytes: data.len() as u32, size };
+            dump.append("pipes-data.img", &entry, &data)?;
+        }
+        let pipe = PipeEntry { id, pipe_id, flags: file.flags(), fown: file.owner() };
+        Ok(FileEntry { r#type: FdTypes::Pipe as i32, id, pipe: Some(pipe), ..FileEntry::default() })
+    }
+
+    fn open(&self, entry: &FileEntry, restore: &mut FileRestore<'_>) -> Result<OwnedFd> {
+        let pipe = entry.pipe.as_ref().ok_or_else(|| Error::new("restore a pipe").because("the image has no pipe entry"))?;
+        let key = u64::from(pipe.pipe_id);
+        // Both ends stay held while files are opened: an end that nobody has must still be closed by nobody.
+        if !restore.held.contains_key(&(FdTypes::Pipe, key)) {
+            let (reader, writer) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC).map_err(std::io::Error::from).context("make a pipe")?;
+            fill(restore, pipe.pipe_id, &writer)?;
+            restore.hold(FdTypes::Pipe, key, reader);
+        }
+        let held = &restore.held[&(FdTypes::Pipe, key)];
+        let file = fd::reopen(held.as_fd(), pipe.flags & !(libc::O_DIRECT as u32)).context("open an end of a pipe")?;
+        if pipe.flags & libc::O_DIRECT as u32 != 0 {
+            // Packet mode cannot be opened, only set.
+            sys::fcntl_int(file.as_fd(), libc::F_SETFL, pipe.flags as i32).context("set packet mode")?;
+        }
+        fd::restore_owner(file.as_fd(), &pipe.fown)?;
+        Ok(file)
+    }
+}
+
+/// Copies what is in the pipe without taking it out: tee(2) duplicates its buffers into a pipe of ours.
+fn peek(file: &OpenFile) -> Result<Vec<u8>> {
+    let io = |errno: rustix::io::Errno| std::io::Error::from(errno);
+    let reader = fd::reopen(file.handle.as_fd(), (libc::O_RDONLY | libc::O_NONBLOCK) as u32).context("open the pipe")?;
+    let queued = rustix::io::ioctl_fionread(&reader).map_err(io).context("ask for the amount of data")?;
+    if queued == 0 {
+        return Ok(Vec::new());
+    }
+    let (copy, sink) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK).map_err(io).context("make a pipe")?;
+    let capacity = sys::fcntl_int(file.handle.as_fd(), libc::F_GETPIPE_SZ, 0).context("ask for the size")?;
+    sys::fcntl_int(sink.as_fd(), libc::F_SETPIPE_SZ, capacity).context("size a pipe")?;
+    let copied = rustix::pipe::tee(&reader, &sink, queued as usize, SpliceFlags::NONBLOCK).map_err(io).context("copy the data")?;
+    let mut data = vec![0u8; copied];
+    let mut filled = 0;
+    while filled < copied {
+        filled += rustix::io::read(&copy, &mut data[filled..]).map_err(io).context("read the data")?;
+    }
+    if copied as u64 != queued {
+        return Err(Error::new("copy the data of a pipe").because(format!("{copied} of {queued} bytes were copied")));
+    }
+    Ok(data)
+}
+
+fn fill(restore: &FileRestore<'_>, pipe_id: u32, writer: &OwnedFd) -> Result<()> {
+    let Some(mut image) = restore.image("pipes-data.img")? else { return Ok(()) };
+    while let Some(entry) = image.next::<PipeDataEntry>().context("read pipe data")? {
+        if entry.bytes > MAX_DATA {
+            return Err(Error::new("read pipe data").because(format!("{} bytes in one pipe", entry.bytes)));
+        }
+        let data = image.extra(u64::from(entry.bytes)).context("read pipe data")?;
+        if entry.pipe_id != pipe_id {
+            continue;
+        }
+        if let Some(size) = entry.size {
+            sys::fcntl_int(writer.as_fd(), libc::F_SETPIPE_SZ, size as i32).context("set the size of a pipe")?;
+        }
+        sys::fcntl_int(writer.as_fd(), libc::F_SETFL, libc::O_NONBLOCK).context("fill a pipe")?;
+        let mut rest = &data[..];
+        while !rest.is_empty() {
+            let written = rustix::io::write(writer, rest).map_err(std::io::Error::from).context("fill a pipe")?;
+            rest = &rest[written..];
+        }
+    }
+    Ok(())
+}

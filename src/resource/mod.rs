@@ -1,0 +1,148 @@
+//! What a process holds, one file per kind of kernel object, with its dump and its restore side by side.
+//!
+//! | folder | kinds |
+//! |---|---|
+//! | `task/` | what belongs to a task or thread itself: credentials, signals, timers, limits, scheduling |
+//! | `mem/` | mappings, the address space's bounds, shared memory, the vdso |
+//! | `fd/` | open file descriptions that are not sockets |
+//! | `sock/` | sockets |
+//! | `ns/` | namespaces |
+//!
+//! A kind is one file and one row in the tables at the end of this page. It never touches ptrace: what has to happen
+//! inside a task it writes into a [`Program`], what can be done from outside it does in the controller.
+
+pub mod fd;
+pub mod mem;
+pub mod sock;
+pub mod task;
+
+use whimbrel_images::proto::{CoreEntry, FdTypes, FileEntry};
+
+use crate::error::Result;
+use crate::procfs::{stat::Stat, status::Status};
+use crate::remote::{Outcome, Program, Stopped, inject::Home};
+
+pub use fd::{FileDump, FileRestore, OpenFile};
+
+/// A stopped thread, as a kind of the task family sees it when it is dumped.
+pub struct ThreadView<'a> {
+    /// Process id in our pid namespace.
+    pub pid: i32,
+    /// Thread id in our pid namespace.
+    pub tid: i32,
+    /// Is it the thread-group leader? Then per-process state is dumped with it.
+    pub leader: bool,
+    /// The thread under ptrace, for what only ptrace can tell.
+    pub stopped: &'a Stopped,
+    /// Registers and mask as they were found.
+    pub home: &'a Home,
+    /// `/proc/PID/task/TID/stat`.
+    pub stat: &'a Stat,
+    /// `/proc/PID/task/TID/status`.
+    pub status: &'a Status,
+}
+
+/// Reads what a kind's calls brought back, into the thread's image.
+pub type Reader<'a> = Box<dyn FnOnce(&Outcome, &mut CoreEntry) -> Result<()> + 'a>;
+
+/// When a kind of the task family is restored. The whole tree passes each stage before the next begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Stage {
+    /// Memory and descriptors are there; per-process state that needs no threads.
+    Process,
+    /// All threads exist; run in each thread, with full privileges.
+    Thread,
+    /// Last, in each thread: what takes privileges away or lets time run.
+    Final,
+}
+
+/// State of a task or a thread.
+pub trait TaskKind: Sync {
+    /// Name in errors and in lists.
+    fn name(&self) -> &'static str;
+
+    /// Adds calls to the thread's program and returns the reader of their results.
+    ///
+    /// # Errors
+    /// When the state cannot be carried: before anything was changed.
+    fn dump<'a>(&self, thread: &ThreadView<'a>, program: &mut Program) -> Result<Reader<'a>>;
+
+    /// Adds the calls of a stage to the program of a thread that is being restored. `leader` has the process's state.
+    ///
+    /// # Errors
+    /// When the image is damaged.
+    fn restore(&self, stage: Stage, thread: &CoreEntry, leader: bool, program: &mut Program) -> Result<()>;
+}
+
+/// A kind of open file description.
+pub trait FileKind: Sync {
+    /// Name in errors and in lists.
+    fn name(&self) -> &'static str;
+
+    /// The image types that it restores.
+    fn types(&self) -> &'static [FdTypes];
+
+    /// Is this file of its kind?
+    fn recognises(&self, file: &OpenFile) -> bool;
+
+    /// Can this file be carried at all? Asked for all files before anything is changed.
+    ///
+    /// # Errors
+    /// The reason why not, and what would help.
+    fn check(&self, file: &OpenFile, dump: &FileDump<'_>) -> Result<()> {
+        let _ = (file, dump);
+        Ok(())
+    }
+
+    /// Describes the file. Called once per open file description, with the tree frozen and the network locked.
+    ///
+    /// # Errors
+    /// When it cannot be described.
+    fn dump(&self, file: &OpenFile, id: u32, dump: &mut FileDump<'_>) -> Result<FileEntry>;
+
+    /// Makes the file in the controller. Files that are made in pairs leave the other one in `restore.hold`.
+    ///
+    /// # Errors
+    /// When it cannot be made here.
+    fn open(&self, entry: &FileEntry, restore: &mut FileRestore<'_>) -> Result<std::os::fd::OwnedFd>;
+
+    /// Called when all files of the tree exist (queued descriptors, watched files).
+    ///
+    /// # Errors
+    /// When its state cannot be set.
+    fn finish(&self, entry: &FileEntry, restore: &mut FileRestore<'_>) -> Result<()> {
+        let _ = (entry, restore);
+        Ok(())
+    }
+
+    /// Adds calls that the task itself must make when its descriptors are in place (`fd` is one that refers to the file).
+    ///
+    /// # Errors
+    /// When the image is damaged.
+    fn install(&self, entry: &FileEntry, fd: u32, program: &mut Program) -> Result<()> {
+        let _ = (entry, fd, program);
+        Ok(())
+    }
+
+    /// Called immediately before the tree runs again: the last moment, after the network is unlocked.
+    ///
+    /// # Errors
+    /// When the file cannot be let go.
+    fn resume(&self, entry: &FileEntry, restore: &mut FileRestore<'_>) -> Result<()> {
+        let _ = (entry, restore);
+        Ok(())
+    }
+}
+
+/// All kinds of the task family, in the order in which they are restored within a stage.
+pub static TASK_KINDS: &[&dyn TaskKind] = &[
+    &task::limits::Limits,
+    &task::attributes::Attributes,
+    &task::signals::Signals,
+    &task::timers::Timers,
+    &task::schedule::Schedule,
+    &task::credentials::Credentials,
+];
+
+/// All kinds of files. The first that recognises a file takes it.
+pub static FILE_KINDS: &[&dyn FileKind] = &[&fd::pipe::Pipe, &fd::regular::Regular];

@@ -1,0 +1,406 @@
+//! The tasks of a tree: found, frozen until the tree is stable, and as they are in images.
+
+use std::collections::{BTreeMap, HashSet, VecDeque};
+
+use whimbrel_images::entry;
+use whimbrel_images::proto::{CoreEntry, FdinfoEntry, FileEntry, FsEntry, InventoryEntry, MmEntry, PstreeEntry, TaskKobjIdsEntry};
+use whimbrel_images::store::ImageStore;
+
+use crate::error::{Context, Error, Result};
+use crate::procfs::{self, stat, stat::Stat, status, status::Status};
+use crate::remote::{Stopped, tracee};
+
+/// How a task was found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TaskState {
+    /// Running or sleeping.
+    Alive,
+    /// Stopped by this signal.
+    Stopped(i32),
+    /// Dead and not yet waited for, with this wait(2) status.
+    Zombie(i32),
+}
+
+/// `task_core_entry.task_state` in images.
+pub mod task_state {
+    /// Running or sleeping.
+    pub const ALIVE: u32 = 1;
+    /// A zombie.
+    pub const DEAD: u32 = 2;
+    /// Stopped by a signal.
+    pub const STOPPED: u32 = 3;
+}
+
+/// A thread of a frozen task.
+pub struct Thread {
+    /// Its id in our pid namespace.
+    pub tid: i32,
+    /// Its id in its own pid namespace.
+    pub inner_tid: i32,
+    /// Held by ptrace. `None` while it visits the stub.
+    pub stopped: Option<Stopped>,
+}
+
+/// A frozen task.
+pub struct Task {
+    /// Its id in our pid namespace.
+    pub pid: i32,
+    /// Its id in its own pid namespace.
+    pub inner_pid: i32,
+    /// Parent, process group and session, in its own pid namespace; the parent of the root is 0.
+    pub parent: i32,
+    /// Process group.
+    pub group: i32,
+    /// Session.
+    pub session: i32,
+    /// How it was found.
+    pub state: TaskState,
+    /// `/proc/PID/stat`.
+    pub stat: Stat,
+    /// `/proc/PID/status`.
+    pub status: Status,
+    /// Its threads, leader first; none for a zombie.
+    pub threads: Vec<Thread>,
+}
+
+/// A frozen tree. Dropping it lets all threads go on.
+pub struct Tree {
+    /// All tasks, parents before their children.
+    pub tasks: Vec<Task>,
+}
+
+impl Tree {
+    /// Seizes and stops `root` and everything below it, until a whole pass finds nothing new.
+    ///
+    /// # Errors
+    /// When a task cannot be traced; everything that was stopped goes on.
+    pub fn freeze(root: i32) -> Result<Tree> {
+        let mut tree = Tree { tasks: Vec::new() };
+        let mut queue = VecDeque::from([(root, 0)]);
+        let mut known = HashSet::new();
+        loop {
+            let mut news = false;
+            while let Some((pid, parent)) = queue.pop_front() {
+                if known.insert(pid)
+                    && let Some(task) = freeze_task(pid, parent).map_err(|error| explain_root(error, pid == root))?
+                {
+                    tree.tasks.push(task);
+                    news = true;
+                }
+            }
+            // A task may have forked before it was stopped, or gained children from a dying relative.
+            for task in tree.tasks.iter().filter(|task| !task.threads.is_empty()) {
+                let children = children_of(task.pid)?.into_iter().filter(|pid| !known.contains(pid));
+                queue.extend(children.map(|pid| (pid, task.inner_pid)));
+            }
+            if queue.is_empty() && !news {
+                return Ok(tree);
+            }
+        }
+    }
+
+    /// All tasks that are not zombies.
+    pub fn living(&self) -> impl Iterator<Item = &Task> {
+        self.tasks.iter().filter(|task| !matches!(task.state, TaskState::Zombie(_)))
+    }
+
+    /// Lets all threads go on as they were found.
+    ///
+    /// # Errors
+    /// The first failure; the others are tried all the same.
+    pub fn resume(self) -> Result<()> {
+        let mut first = Ok(());
+        for thread in self.tasks.into_iter().flat_map(|task| task.threads) {
+            if let Some(stopped) = thread.stopped {
+                let result = stopped.detach(0);
+                first = first.and(result);
+            }
+        }
+        first
+    }
+
+    /// Kills all tasks and waits until they are gone.
+    ///
+    /// # Errors
+    /// When one cannot be killed.
+    pub fn kill(self) -> Result<()> {
+        // Children first: a parent that is woken by a child's death would be dying already.
+        for task in self.tasks.iter().rev().filter(|task| !task.threads.is_empty()) {
+            let pid = rustix::process::Pid::from_raw(task.pid);
+            if let Some(pid) = pid {
+                rustix::process::kill_process(pid, rustix::process::Signal::KILL).ok();
+            }
+        }
+        for task in self.tasks {
+            for thread in task.threads {
+                let Some(stopped) = thread.stopped else { continue };
+                let tid = stopped.tid();
+                std::mem::forget(stopped);
+                let mut running = tracee::Running::attached_by_creation(tid);
+                // A killed thread may still show a stop that was on its way.
+                while let Ok(tracee::Waited::Stopped(stopped, _)) = running.wait() {
+                    match stopped.resume() {
+                        Ok(next) => running = next,
+                        Err(_) => running = tracee::Running::attached_by_creation(tid),
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+fn explain_root(error: Error, root: bool) -> Error {
+    if root && error.errno() == Some(libc::ENOENT) { error.hint("there is no such process: check the pid") } else { error }
+}
+
+/// Stops one task; `None` when it was gone before it could be stopped.
+fn freeze_task(pid: i32, parent: i32) -> Result<Option<Task>> {
+    let read = || -> Result<(Stat, Status)> {
+        Ok((stat::parse(&procfs::read(pid, "stat")?)?, status::parse(&procfs::read(pid, "status")?)?))
+    };
+    let (first, _) = read().map_err(|error| error.task(pid))?;
+    if first.state == b'Z' || first.state == b'X' {
+        let (stat, status) = read()?;
+        let state = TaskState::Zombie(stat.exit_code);
+        return Ok(Some(describe(pid, parent, stat, status, state, Vec::new())));
+    }
+    let mut threads: Vec<Thread> = Vec::new();
+    let mut group_stop = None;
+    loop {
+        let mut news = false;
+        for tid in threads_of(pid)? {
+            if threads.iter().any(|thread| thread.tid == tid) {
+                continue;
+            }
+            let running = match tracee::seize(tid, false) {
+                Ok(running) => running,
+                // It ended, or is about to, while we looked.
+                Err(error) if error.errno() == Some(libc::ESRCH) => continue,
+                Err(error) if error.errno() == Some(libc::EPERM) && is_dead_thread(pid, tid) => continue,
+                Err(error) => return Err(error),
+            };
+            match running.stop()? {
+                Ok((stopped, stop)) => {
+                    group_stop = group_stop.or(stop);
+                    threads.push(Thread { tid, inner_tid: tid, stopped: Some(stopped) });
+                    news = true;
+                }
+                Err(_) => continue,
+            }
+        }
+        if !news {
+            break;
+        }
+    }
+    if threads.is_empty() {
+        return Ok(None);
+    }
+    threads.sort_by_key(|thread| (thread.tid != pid, thread.tid));
+    if threads[0].tid != pid {
+        return Err(Error::new("freeze").task(pid).because("its first thread has ended while others run; this is not supported yet"));
+    }
+    for thread in &mut threads {
+        let status = status::parse(&procfs::read(pid, &format!("task/{}/status", thread.tid))?)?;
+        thread.inner_tid = status.ns_pid.last().copied().unwrap_or(thread.tid);
+    }
+    let (stat, status) = read()?;
+    let state = group_stop.map_or(TaskState::Alive, TaskState::Stopped);
+    Ok(Some(describe(pid, parent, stat, status, state, threads)))
+}
+
+fn describe(pid: i32, parent: i32, stat: Stat, status: Status, state: TaskState, threads: Vec<Thread>) -> Task {
+    let inner = |ids: &[i32], outer: i32| ids.last().copied().unwrap_or(outer);
+    Task {
+        pid,
+        inner_pid: inner(&status.ns_pid, pid),
+        parent,
+        group: inner(&status.ns_pgid, stat.pgrp),
+        session: inner(&status.ns_sid, stat.session),
+        state,
+        stat,
+        status,
+        threads,
+    }
+}
+
+fn is_dead_thread(pid: i32, tid: i32) -> bool {
+    let state = procfs::read(pid, &format!("task/{tid}/stat")).and_then(|text| stat::parse(&text)).map(|stat| stat.state);
+    !matches!(state, Ok(state) if !matches!(state, b'Z' | b'X'))
+}
+
+/// Thread ids of a process, in our pid namespace.
+///
+/// # Errors
+/// When it is gone.
+pub fn threads_of(pid: i32) -> Result<Vec<i32>> {
+    let entries = std::fs::read_dir(format!("/proc/{pid}/task")).with(|| Error::new("list threads").task(pid))?;
+    Ok(entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect())
+}
+
+/// Children of a process, in our pid namespace.
+///
+/// # Errors
+/// When it is gone.
+pub fn children_of(pid: i32) -> Result<Vec<i32>> {
+    let mut children = Vec::new();
+    for tid in threads_of(pid)? {
+        let text = procfs::read(pid, &format!("task/{tid}/children")).unwrap_or_default();
+        children.extend(String::from_utf8_lossy(&text).split_whitespace().filter_map(|word| word.parse::<i32>().ok()));
+    }
+    Ok(children)
+}
+
+/// One task in images.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct TaskImage {
+    /// Ids and threads.
+    pub entry: PstreeEntry,
+    /// One per thread, leader first; a single one for a zombie.
+    pub cores: Vec<CoreEntry>,
+    /// Which kernel objects it shares with others.
+    pub ids: TaskKobjIdsEntry,
+    /// Bounds and mappings.
+    pub mm: MmEntry,
+    /// Root, working directory, umask.
+    pub fs: FsEntry,
+    /// Descriptors.
+    pub fds: Vec<FdinfoEntry>,
+}
+
+impl TaskImage {
+    /// Is it a zombie?
+    pub fn is_zombie(&self) -> bool {
+        self.state() == task_state::DEAD || self.state() == 6
+    }
+
+    /// Its state, as in [`task_state`].
+    pub fn state(&self) -> u32 {
+        self.cores.first().and_then(|core| core.tc.as_ref()).map_or(task_state::ALIVE, |tc| tc.task_state)
+    }
+}
+
+/// A tree in images, without the contents of its memory.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct TreeImage {
+    /// Facts about the whole.
+    pub inventory: InventoryEntry,
+    /// All tasks, parents before their children.
+    pub tasks: Vec<TaskImage>,
+    /// All open file descriptions.
+    pub files: BTreeMap<u32, FileEntry>,
+}
+
+/// Version of the image format that CRIU has had since 2.0.
+const IMAGE_VERSION: u32 = 2;
+
+impl TreeImage {
+    /// Writes everything that this struct holds.
+    ///
+    /// # Errors
+    /// When the store cannot be written.
+    pub fn save(&self, store: &dyn ImageStore) -> Result<()> {
+        let failed = "write images";
+        let one = |name: String, write: &dyn Fn(&str) -> Result<(), whimbrel_images::ImageError>| write(&name).context(failed);
+        let all = |name: &str, messages: &mut dyn Iterator<Item = &PstreeEntry>| -> Result<()> {
+            let mut writer = entry::ImageWriter::create(store, name).context(failed)?;
+            messages.try_for_each(|message| writer.write(message)).context(failed)?;
+            writer.finish().context(failed)
+        };
+        all("pstree.img", &mut self.tasks.iter().map(|task| &task.entry))?;
+        for task in &self.tasks {
+            let pid = task.entry.pid;
+            for (index, core) in task.cores.iter().enumerate() {
+                let tid = task.entry.threads.get(index).copied().filter(|_| !task.is_zombie()).unwrap_or(pid);
+                one(format!("core-{tid}.img"), &|name| entry::write_one(store, name, core))?;
+            }
+            if task.is_zombie() {
+                continue;
+            }
+            one(format!("ids-{pid}.img"), &|name| entry::write_one(store, name, &task.ids))?;
+            one(format!("mm-{pid}.img"), &|name| entry::write_one(store, name, &task.mm))?;
+            one(format!("fs-{pid}.img"), &|name| entry::write_one(store, name, &task.fs))?;
+            let name = format!("fdinfo-{}.img", task.ids.files_id);
+            let mut writer = entry::ImageWriter::create(store, &name).context(failed)?;
+            task.fds.iter().try_for_each(|fd| writer.write(fd)).context(failed)?;
+            writer.finish().context(failed)?;
+        }
+        let mut writer = entry::ImageWriter::create(store, "files.img").context(failed)?;
+        self.files.values().try_for_each(|file| writer.write(file)).context(failed)?;
+        writer.finish().context(failed)?;
+        // Last: a directory with an inventory is a whole dump.
+        one("inventory.img".into(), &|name| entry::write_one(store, name, &self.inventory))
+    }
+
+    /// Reads a tree, and checks what others will rely on.
+    ///
+    /// # Errors
+    /// When an image is missing, damaged, or of another version.
+    pub fn load(store: &dyn ImageStore) -> Result<TreeImage> {
+        let failed = "read images";
+        let inventory: InventoryEntry = entry::read_one(store, "inventory.img").context(failed)?;
+        if inventory.img_version != IMAGE_VERSION {
+            return Err(Error::new("read images").because(format!("image version {} is not supported", inventory.img_version)));
+        }
+        let mut tree = TreeImage { inventory, ..TreeImage::default() };
+        let pstree: Vec<PstreeEntry> = entry::read_all(store, "pstree.img").context(failed)?;
+        let mut pids = HashSet::from([0]);
+        for item in pstree {
+            let bad = |why: &str| Error::new("read images").object(format!("pstree.img, pid {}", item.pid)).because(why.to_owned());
+            if item.pid == 0 || !pids.insert(item.pid) {
+                return Err(bad("the pid is zero or appears twice"));
+            }
+            if !pids.contains(&item.ppid) || (item.ppid == 0) != tree.tasks.is_empty() {
+                return Err(bad("its parent does not come before it"));
+            }
+            tree.tasks.push(load_task(store, item)?);
+        }
+        if tree.tasks.is_empty() {
+            return Err(Error::new("read images").object("pstree.img").because("there is no task"));
+        }
+        for file in entry::read_all::<FileEntry>(store, "files.img").context(failed)? {
+            tree.files.insert(file.id, file);
+        }
+        Ok(tree)
+    }
+
+    /// Facts about a new dump.
+    pub fn new_inventory(root: &TaskKobjIdsEntry) -> InventoryEntry {
+        InventoryEntry {
+            img_version: IMAGE_VERSION,
+            fdinfo_per_id: Some(true),
+            root_ids: Some(root.clone()),
+            ns_per_id: Some(true),
+            lsmtype: Some(0),
+            ..InventoryEntry::default()
+        }
+    }
+}
+
+fn load_task(store: &dyn ImageStore, item: PstreeEntry) -> Result<TaskImage> {
+    let failed = "read images";
+    let pid = item.pid;
+    let mut task = TaskImage { entry: item, ..TaskImage::default() };
+    let leader: CoreEntry = entry::read_one(store, &format!("core-{pid}.img")).context(failed)?;
+    task.cores.push(leader);
+    if task.is_zombie() {
+        return Ok(task);
+    }
+    let others: Vec<u32> = task.entry.threads.iter().copied().filter(|&tid| tid != pid).collect();
+    for tid in &others {
+        task.cores.push(entry::read_one(store, &format!("core-{tid}.img")).context(failed)?);
+    }
+    task.entry.threads = std::iter::once(pid).chain(others).collect();
+    let embedded = task.cores[0].ids.clone();
+    task.ids = match entry::read_one(store, &format!("ids-{pid}.img")) {
+        Ok(ids) => ids,
+        Err(error) if error.is_not_found() => embedded.ok_or(error).context(failed)?,
+        Err(error) => return Err(error).context(failed),
+    };
+    task.mm = entry::read_one(store, &format!("mm-{pid}.img")).context(failed)?;
+    // Before CRIU 2 the mappings had a file of their own; what we read has them in the mm image.
+    crate::resource::mem::mapping::validate(&task.mm.vmas).map_err(|error| error.task(pid as i32))?;
+    task.fs = entry::read_one(store, &format!("fs-{pid}.img")).context(failed)?;
+    task.fds = entry::read_all(store, &format!("fdinfo-{}.img", task.ids.files_id)).context(failed)?;
+    Ok(task)
+}
