@@ -5,10 +5,15 @@
 //! for each address space and a file with the bare pages ([`pagemap`]), written by [`sink::DirPageSink`] and read by
 //! [`chain::PageStore`], which also follows a chain of incremental dumps.
 
+pub mod chain;
+pub mod dedup;
 pub mod entry;
 pub mod error;
+mod interval;
 pub mod magic;
 pub mod page;
+pub mod pagemap;
+pub mod sink;
 pub mod store;
 
 /// The messages of the images, generated from `proto/*.proto`.
