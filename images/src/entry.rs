@@ -392,3 +392,250 @@ fn outer_magic(kind: &ImageKind) -> Option<u32> {
         Header::OwnOnly | Header::Raw => None,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::error::Error;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::proto;
+    use crate::store::MemStore;
+
+    fn image(name: &str, build: impl FnOnce(&mut ImageWriter)) -> Vec<u8> {
+        let store = MemStore::new();
+        let mut writer = ImageWriter::create(&store, name).unwrap();
+        build(&mut writer);
+        writer.finish().unwrap();
+        store.take(name).unwrap()
+    }
+
+    fn pstree() -> proto::PstreeEntry {
+        proto::PstreeEntry {
+            pid: 30495,
+            ppid: 0,
+            pgid: 30495,
+            sid: 30495,
+            threads: vec![30495, 30497],
+        }
+    }
+
+    fn pipe(bytes: u32) -> proto::PipeDataEntry {
+        proto::PipeDataEntry {
+            pipe_id: 1887985,
+            bytes,
+            size: Some(65536),
+        }
+    }
+
+    #[test]
+    fn each_kind_of_image_starts_with_its_magics() {
+        let pstree = image("pstree.img", |_| ());
+        assert_eq!(pstree, [0x19, 0x43, 0x56, 0x54, 0x30, 0x30, 0x27, 0x50]);
+        let inventory = image("inventory.img", |_| ());
+        assert_eq!(inventory, [0x16, 0x31, 0x31, 0x58]);
+        let stats = image("stats-dump", |_| ());
+        assert_eq!(stats, [0x40, 0x59, 0x10, 0x55, 0x06, 0x33, 0x09, 0x57]);
+    }
+
+    #[test]
+    fn raw_and_unknown_names_are_refused() {
+        let store = MemStore::new();
+        for name in ["pages-1.img", "nonsense", "../core-1.img"] {
+            assert!(ImageWriter::create(&store, name).is_err(), "{name}");
+            assert!(ImageReader::open(&store, name).is_err(), "{name}");
+        }
+        assert!(store.list().unwrap().is_empty());
+    }
+
+    #[test]
+    fn entries_and_the_bytes_between_them_come_back() {
+        let store = MemStore::new();
+        let mut writer = ImageWriter::create(&store, "pipes-data.img").unwrap();
+        for text in ["in the pipe", "", "x"] {
+            writer.write(&pipe(text.len() as u32)).unwrap();
+            writer.padded_extra(text.as_bytes(), 8).unwrap();
+        }
+        let length = writer.offset();
+        writer.finish().unwrap();
+        assert_eq!(length, store.size());
+
+        let mut reader = ImageReader::open(&store, "pipes-data.img").unwrap();
+        let mut texts = Vec::new();
+        while let Some(entry) = reader.next::<proto::PipeDataEntry>().unwrap() {
+            texts.push(String::from_utf8(reader.padded_extra(entry.bytes.into(), 8).unwrap()).unwrap());
+        }
+        assert_eq!(texts, ["in the pipe", "", "x"]);
+        assert_eq!(reader.offset(), length);
+    }
+
+    #[test]
+    fn large_extras_are_copied_without_being_held() {
+        let contents = vec![7; 3 << 20];
+        let bytes = image("ghost-file-1f.img", |writer| {
+            writer.write(&proto::GhostFileEntry::default()).unwrap();
+            assert_eq!(writer.extra_from(&mut contents.as_slice()).unwrap(), 3 << 20);
+        });
+        let mut reader = ImageReader::new("ghost-file-1f.img", bytes.as_slice()).unwrap();
+        reader.required::<proto::GhostFileEntry>().unwrap();
+        reader.skip(5).unwrap();
+        let mut copy = Vec::new();
+        reader.copy_extra(10, &mut copy).unwrap();
+        assert_eq!(reader.copy_rest(&mut copy).unwrap(), (3 << 20) - 15);
+        assert_eq!(copy, contents[5..]);
+        assert!(reader.skip(1).is_err());
+    }
+
+    #[test]
+    fn an_error_names_the_image_the_place_and_the_cause() {
+        let store = MemStore::new();
+        let missing = read_one::<proto::PstreeEntry>(&store, "pstree.img").unwrap_err();
+        assert!(missing.is_not_found());
+        assert_eq!(io::Error::from(missing).kind(), io::ErrorKind::NotFound);
+
+        store.insert("pstree.img", image("core-1.img", |_| ())).unwrap();
+        let wrong = read_one::<proto::PstreeEntry>(&store, "pstree.img").unwrap_err();
+        assert_eq!(
+            wrong.to_string(),
+            "pstree.img at byte 4: magic 0x55053847 instead of 0x50273030 (this is an image of kind CORE)"
+        );
+
+        let mut bytes = image("pstree.img", |writer| writer.write(&pstree()).unwrap());
+        bytes.extend(u32::MAX.to_le_bytes());
+        let start = bytes.len() as u64 - 4;
+        store.insert("pstree.img", bytes).unwrap();
+        let huge = read_all::<proto::PstreeEntry>(&store, "pstree.img").unwrap_err();
+        assert_eq!(huge.offset, start);
+        assert!(matches!(
+            huge.kind,
+            ImageErrorKind::TooLarge {
+                size: 0xffff_ffff,
+                limit: MAX_ENTRY
+            }
+        ));
+
+        store
+            .insert(
+                "pstree.img",
+                image("pstree.img", |writer| writer.extra(&[1, 0, 0, 0, 0xff]).unwrap()),
+            )
+            .unwrap();
+        let damaged = read_one::<proto::PstreeEntry>(&store, "pstree.img").unwrap_err();
+        assert_eq!(damaged.to_string(), "pstree.img at byte 8: the entry is damaged");
+        assert!(damaged.source().unwrap().is::<prost::DecodeError>());
+
+        store.insert("pstree.img", image("pstree.img", |_| ())).unwrap();
+        let empty = read_one::<proto::PstreeEntry>(&store, "pstree.img").unwrap_err();
+        assert_eq!(empty.to_string(), "pstree.img at byte 8: the file has no entry here");
+    }
+
+    #[test]
+    fn a_huge_size_takes_no_memory_before_the_bytes_arrive() {
+        let bytes = image("pstree.img", |writer| {
+            writer.extra(&(MAX_ENTRY as u32).to_le_bytes()).unwrap()
+        });
+        let mut reader = ImageReader::new("pstree.img", bytes.as_slice()).unwrap();
+        let error = reader.next::<proto::PstreeEntry>().unwrap_err();
+        assert!(matches!(
+            error.kind,
+            ImageErrorKind::Truncated {
+                wanted: MAX_ENTRY,
+                available: 0
+            }
+        ));
+        let mut reader = ImageReader::new("pstree.img", bytes.as_slice()).unwrap();
+        assert!(matches!(
+            reader.extra(MAX_EXTRA).unwrap_err().kind,
+            ImageErrorKind::Truncated { .. }
+        ));
+        assert!(matches!(
+            reader.extra(u64::MAX).unwrap_err().kind,
+            ImageErrorKind::TooLarge { .. }
+        ));
+    }
+
+    #[test]
+    fn every_truncation_is_noticed_unless_it_is_between_entries() {
+        let mut ends = vec![8];
+        let bytes = image("pstree.img", |writer| {
+            for _ in 0..3 {
+                writer.write(&pstree()).unwrap();
+                ends.push(writer.offset());
+            }
+        });
+        for length in 0..=bytes.len() {
+            let store = MemStore::new();
+            store.insert("pstree.img", bytes[..length].to_vec()).unwrap();
+            let result = read_all::<proto::PstreeEntry>(&store, "pstree.img");
+            match ends.iter().position(|&end| end == length as u64) {
+                Some(count) => assert_eq!(result.unwrap(), vec![pstree(); count]),
+                None => {
+                    let error = result.unwrap_err();
+                    assert!(
+                        matches!(error.kind, ImageErrorKind::Truncated { .. }),
+                        "{length}: {error}"
+                    );
+                    assert!(error.offset <= length as u64);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_wire_format_agrees_with_crius_field_numbers() {
+        // What CRIU 4.2 wrote for {"vaddr": "0x41f000", "compat_nr_pages": 0, "flags": "PE_PRESENT", "nr_pages": 1}.
+        let entry = proto::PagemapEntry {
+            vaddr: 0x41f000,
+            flags: Some(4),
+            nr_pages: Some(1),
+            ..Default::default()
+        };
+        assert_eq!(
+            entry.encode_to_vec(),
+            [0x08, 0x80, 0xe0, 0x87, 0x02, 0x10, 0x00, 0x20, 0x04, 0x28, 0x01]
+        );
+        // An inventory with {"img_version": 2, "fdinfo_per_id": true, "ns_per_id": true, "lsmtype": "NO_LSM"}.
+        let bytes = [0x08, 2, 0x10, 1, 0x20, 1, 0x30, 0];
+        let inventory = proto::InventoryEntry::decode(bytes.as_slice()).unwrap();
+        assert_eq!((inventory.img_version, inventory.fdinfo_per_id), (2, Some(true)));
+        assert_eq!(
+            (inventory.ns_per_id, inventory.lsmtype()),
+            (Some(true), proto::Lsmtype::NoLsm)
+        );
+        // Defaults that are not zero.
+        assert_eq!(proto::RegFileEntry::default().mnt_id(), -1);
+        assert_eq!(proto::PacketSockEntry::default().fanout(), u32::MAX);
+        assert!(proto::UserDescT::default().seg_not_present);
+    }
+
+    proptest! {
+        #[test]
+        fn any_entries_come_back(
+            entries in prop::collection::vec((any::<u32>(), any::<u64>(), ".*", any::<Option<bool>>()), 0..8),
+        ) {
+            let entries: Vec<_> = entries
+                .into_iter()
+                .map(|(id, pos, name, ext)| proto::RegFileEntry { id, pos, name, ext, ..Default::default() })
+                .collect();
+            let store = MemStore::new();
+            let mut writer = ImageWriter::create(&store, "reg-files.img").unwrap();
+            for entry in &entries {
+                writer.write(entry).unwrap();
+            }
+            writer.finish().unwrap();
+            prop_assert_eq!(read_all::<proto::RegFileEntry>(&store, "reg-files.img").unwrap(), entries);
+        }
+
+        #[test]
+        fn random_bytes_never_panic(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
+            let store = MemStore::new();
+            let mut image = image("core-1.img", |_| ());
+            image.extend(&bytes);
+            store.insert("core-1.img", image).unwrap();
+            store.insert("mm-1.img", bytes).unwrap();
+            let _ = read_all::<proto::CoreEntry>(&store, "core-1.img");
+            prop_assert!(read_all::<proto::MmEntry>(&store, "mm-1.img").is_err());
+        }
+    }
+}

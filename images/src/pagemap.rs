@@ -343,3 +343,186 @@ pub(crate) fn write_run(writer: &mut ImageWriter, run: PagemapRun) -> Result<(),
         nr_pages: Some(run.run.pages),
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::MemStore;
+
+    const TASK: MemoryObject = MemoryObject::Task(7);
+
+    fn run(start: u64, pages: u64) -> PageRun {
+        PageRun { start, pages }
+    }
+
+    fn present(start: u64, pages: u64) -> PagemapRun {
+        PagemapRun {
+            run: run(start, pages),
+            flags: PagemapFlags::PRESENT,
+        }
+    }
+
+    fn entry(vaddr: u64, nr_pages: u64) -> proto::PagemapEntry {
+        proto::PagemapEntry {
+            vaddr,
+            nr_pages: Some(nr_pages),
+            ..Default::default()
+        }
+    }
+
+    fn read(entries: &[proto::PagemapEntry]) -> Result<Pagemap, ImageError> {
+        let store = MemStore::new();
+        let mut writer = start_pagemap(&store, TASK, 3).unwrap();
+        for entry in entries {
+            writer.write(entry).unwrap();
+        }
+        writer.finish().unwrap();
+        Pagemap::read(&store, TASK)
+    }
+
+    #[test]
+    fn names_lead_to_objects_and_back() {
+        for object in [
+            MemoryObject::Task(30495),
+            MemoryObject::Shmem(29151),
+            MemoryObject::Shmem(u32::MAX),
+        ] {
+            assert_eq!(object_of_name(&pagemap_name(object)).unwrap(), Some(object));
+        }
+        assert_eq!(object_of_name("pages-1.img").unwrap(), None);
+        assert_eq!(object_of_name("parent").unwrap(), None);
+        assert!(object_of_name("pagemap-shmem-4294967296.img").is_err());
+    }
+
+    #[test]
+    fn adjacent_runs_become_one_and_both_counts_are_written() {
+        let store = MemStore::new();
+        let mut writer = PagemapWriter::create(&store, TASK, 3).unwrap();
+        writer.data(run(0x41f000, 1), &[1; 4096], false).unwrap();
+        writer.data(run(0x420000, 2), &[2; 8192], false).unwrap();
+        writer.data(run(0x422000, 1), &[3; 4096], true).unwrap();
+        writer.parent(run(0x423000, 1)).unwrap();
+        writer.parent(run(0x424000, 4)).unwrap();
+        writer.parent(run(0x430000, 1)).unwrap();
+        writer.lazy(run(0x500000, 9)).unwrap();
+        assert!(writer.parent(run(0x500000, 1)).is_err(), "not behind");
+        assert!(
+            writer.data(run(0x600000, 2), &[0; 4096], false).is_err(),
+            "too few bytes"
+        );
+        writer.finish().unwrap();
+
+        let entries = {
+            let mut reader = ImageReader::open(&store, "pagemap-7.img").unwrap();
+            assert_eq!(reader.required::<proto::PagemapHead>().unwrap().pages_id, 3);
+            std::iter::from_fn(|| reader.next::<proto::PagemapEntry>().unwrap()).collect::<Vec<_>>()
+        };
+        let written: Vec<_> = entries
+            .iter()
+            .map(|entry| (entry.vaddr, entry.compat_nr_pages, entry.flags()))
+            .collect();
+        let flags = [
+            (0x41f000, 3, 4),
+            (0x422000, 1, 6),
+            (0x423000, 5, 1),
+            (0x430000, 1, 1),
+            (0x500000, 9, 2),
+        ];
+        assert_eq!(written, flags);
+        assert!(
+            entries
+                .iter()
+                .all(|entry| entry.nr_pages() == u64::from(entry.compat_nr_pages))
+        );
+
+        let pagemap = Pagemap::read(&store, TASK).unwrap();
+        let stored: Vec<_> = pagemap.stored().collect();
+        assert_eq!(stored, [(run(0x41f000, 3), 0), (run(0x422000, 1), 3 * 4096)]);
+        assert_eq!(pagemap.stored_bytes(), 4 * 4096);
+        let pages = store.take("pages-3.img").unwrap();
+        assert_eq!(pages, [vec![1; 4096], vec![2; 8192], vec![3; 4096]].concat());
+    }
+
+    #[test]
+    fn all_generations_of_entries_are_understood() {
+        let old = proto::PagemapEntry {
+            vaddr: 0x1000,
+            compat_nr_pages: 2,
+            ..Default::default()
+        };
+        let old_parent = proto::PagemapEntry {
+            vaddr: 0x3000,
+            in_parent: Some(true),
+            ..old
+        };
+        let flagged = proto::PagemapEntry {
+            vaddr: 0x5000,
+            flags: Some(6),
+            ..old
+        };
+        let new = proto::PagemapEntry {
+            vaddr: 0x7000,
+            compat_nr_pages: 0,
+            flags: Some(4),
+            nr_pages: Some(98),
+            ..old
+        };
+        let pagemap = read(&[old, old_parent, flagged, new]).unwrap();
+        assert_eq!(pagemap.pages_id, 3);
+        assert_eq!(
+            pagemap.runs,
+            [
+                present(0x1000, 2),
+                PagemapRun {
+                    run: run(0x3000, 2),
+                    flags: PagemapFlags::PARENT
+                },
+                PagemapRun {
+                    run: run(0x5000, 2),
+                    flags: PagemapFlags::PRESENT | PagemapFlags::LAZY
+                },
+                present(0x7000, 98),
+            ]
+        );
+    }
+
+    #[test]
+    fn a_count_beyond_32_bits_is_kept() {
+        let store = MemStore::new();
+        let mut writer = start_pagemap(&store, TASK, 1).unwrap();
+        write_run(&mut writer, present(0, 1 << 33)).unwrap();
+        writer.finish().unwrap();
+        assert_eq!(Pagemap::read(&store, TASK).unwrap().runs, [present(0, 1 << 33)]);
+    }
+
+    #[test]
+    fn contradictory_pagemaps_are_refused() {
+        let flagged = |flags| proto::PagemapEntry {
+            flags: Some(flags),
+            ..entry(0x1000, 1)
+        };
+        let cases: &[(&[proto::PagemapEntry], &str)] = &[
+            (&[entry(0x1000, 2), entry(0x2000, 1)], "begins before the end"),
+            (&[entry(0x2000, 1), entry(0x1000, 1)], "begins before the end"),
+            (&[entry(0x1000, 1), entry(0x1000, 1)], "begins before the end"),
+            (&[entry(0x1001, 1)], "page boundary"),
+            (&[entry(0x1000, 0)], "no pages"),
+            (&[entry(0x1000, u64::MAX)], "beyond the address space"),
+            (&[entry(u64::MAX - 0xfff, 1)], "beyond the address space"),
+            (&[entry(0x1000, 1 << 52)], "beyond the address space"),
+            (&[flagged(5)], "impossible flags"),
+            (&[flagged(8)], "impossible flags"),
+        ];
+        for (entries, message) in cases {
+            let error = read(entries).unwrap_err();
+            assert!(error.to_string().contains(message), "{error}");
+            assert_eq!(error.image, "pagemap-7.img");
+            assert!(error.offset > 8);
+        }
+        assert_eq!(PagemapFlags::default().to_string(), "0");
+        assert_eq!(
+            (PagemapFlags::LAZY | PagemapFlags::PRESENT).to_string(),
+            "PE_LAZY | PE_PRESENT"
+        );
+    }
+}
