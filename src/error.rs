@@ -26,7 +26,13 @@ struct Inner {
 impl Error {
     /// An error of the operation `what` ("seize", "map memory").
     pub fn new(what: impl Into<String>) -> Self {
-        Error(Box::new(Inner { what: what.into(), task: None, object: None, hint: None, source: None }))
+        Error(Box::new(Inner {
+            what: what.into(),
+            task: None,
+            object: None,
+            hint: None,
+            source: None,
+        }))
     }
 
     /// The failure of the last system call (`errno`) as cause.
@@ -147,9 +153,16 @@ mod tests {
     #[test]
     fn the_chain_names_operation_task_object_cause_and_remedy_once() {
         let cause = std::io::Error::from_raw_os_error(libc::EEXIST);
-        let error = Error::new("create task").task(12).object("pid 12").hint("use --namespace").because(cause);
+        let error = Error::new("create task")
+            .task(12)
+            .object("pid 12")
+            .hint("use --namespace")
+            .because(cause);
         let outer: Error = Err::<(), _>(error).context("restore").unwrap_err();
-        assert_eq!(outer.chain(), "restore: create task, task 12, pid 12: File exists (os error 17); use --namespace");
+        assert_eq!(
+            outer.chain(),
+            "restore: create task, task 12, pid 12: File exists (os error 17); use --namespace"
+        );
         assert_eq!(outer.errno(), Some(libc::EEXIST));
     }
 }

@@ -3,7 +3,9 @@
 use std::collections::{BTreeMap, HashSet, VecDeque};
 
 use whimbrel_images::entry;
-use whimbrel_images::proto::{CoreEntry, FdinfoEntry, FileEntry, FsEntry, InventoryEntry, MmEntry, PstreeEntry, TaskKobjIdsEntry};
+use whimbrel_images::proto::{
+    CoreEntry, FdinfoEntry, FileEntry, FsEntry, InventoryEntry, MmEntry, PstreeEntry, TaskKobjIdsEntry,
+};
 use whimbrel_images::store::ImageStore;
 
 use crate::error::{Context, Error, Result};
@@ -101,7 +103,9 @@ impl Tree {
 
     /// All tasks that are not zombies.
     pub fn living(&self) -> impl Iterator<Item = &Task> {
-        self.tasks.iter().filter(|task| !matches!(task.state, TaskState::Zombie(_)))
+        self.tasks
+            .iter()
+            .filter(|task| !matches!(task.state, TaskState::Zombie(_)))
     }
 
     /// Lets all threads go on as they were found.
@@ -151,13 +155,20 @@ impl Tree {
 }
 
 fn explain_root(error: Error, root: bool) -> Error {
-    if root && error.errno() == Some(libc::ENOENT) { error.hint("there is no such process: check the pid") } else { error }
+    if root && error.errno() == Some(libc::ENOENT) {
+        error.hint("there is no such process: check the pid")
+    } else {
+        error
+    }
 }
 
 /// Stops one task; `None` when it was gone before it could be stopped.
 fn freeze_task(pid: i32, parent: i32) -> Result<Option<Task>> {
     let read = || -> Result<(Stat, Status)> {
-        Ok((stat::parse(&procfs::read(pid, "stat")?)?, status::parse(&procfs::read(pid, "status")?)?))
+        Ok((
+            stat::parse(&procfs::read(pid, "stat")?)?,
+            status::parse(&procfs::read(pid, "status")?)?,
+        ))
     };
     let (first, _) = read().map_err(|error| error.task(pid))?;
     if first.state == b'Z' || first.state == b'X' {
@@ -183,7 +194,11 @@ fn freeze_task(pid: i32, parent: i32) -> Result<Option<Task>> {
             match running.stop()? {
                 Ok((stopped, stop)) => {
                     group_stop = group_stop.or(stop);
-                    threads.push(Thread { tid, inner_tid: tid, stopped: Some(stopped) });
+                    threads.push(Thread {
+                        tid,
+                        inner_tid: tid,
+                        stopped: Some(stopped),
+                    });
                     news = true;
                 }
                 Err(_) => continue,
@@ -198,7 +213,9 @@ fn freeze_task(pid: i32, parent: i32) -> Result<Option<Task>> {
     }
     threads.sort_by_key(|thread| (thread.tid != pid, thread.tid));
     if threads[0].tid != pid {
-        return Err(Error::new("freeze").task(pid).because("its first thread has ended while others run; this is not supported yet"));
+        return Err(Error::new("freeze")
+            .task(pid)
+            .because("its first thread has ended while others run; this is not supported yet"));
     }
     for thread in &mut threads {
         let status = status::parse(&procfs::read(pid, &format!("task/{}/status", thread.tid))?)?;
@@ -225,7 +242,9 @@ fn describe(pid: i32, parent: i32, stat: Stat, status: Status, state: TaskState,
 }
 
 fn is_dead_thread(pid: i32, tid: i32) -> bool {
-    let state = procfs::read(pid, &format!("task/{tid}/stat")).and_then(|text| stat::parse(&text)).map(|stat| stat.state);
+    let state = procfs::read(pid, &format!("task/{tid}/stat"))
+        .and_then(|text| stat::parse(&text))
+        .map(|stat| stat.state);
     !matches!(state, Ok(state) if !matches!(state, b'Z' | b'X'))
 }
 
@@ -235,7 +254,10 @@ fn is_dead_thread(pid: i32, tid: i32) -> bool {
 /// When it is gone.
 pub fn threads_of(pid: i32) -> Result<Vec<i32>> {
     let entries = std::fs::read_dir(format!("/proc/{pid}/task")).with(|| Error::new("list threads").task(pid))?;
-    Ok(entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect())
+    Ok(entries
+        .flatten()
+        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+        .collect())
 }
 
 /// Children of a process, in our pid namespace.
@@ -246,7 +268,11 @@ pub fn children_of(pid: i32) -> Result<Vec<i32>> {
     let mut children = Vec::new();
     for tid in threads_of(pid)? {
         let text = procfs::read(pid, &format!("task/{tid}/children")).unwrap_or_default();
-        children.extend(String::from_utf8_lossy(&text).split_whitespace().filter_map(|word| word.parse::<i32>().ok()));
+        children.extend(
+            String::from_utf8_lossy(&text)
+                .split_whitespace()
+                .filter_map(|word| word.parse::<i32>().ok()),
+        );
     }
     Ok(children)
 }
@@ -276,7 +302,10 @@ impl TaskImage {
 
     /// Its state, as in [`task_state`].
     pub fn state(&self) -> u32 {
-        self.cores.first().and_then(|core| core.tc.as_ref()).map_or(task_state::ALIVE, |tc| tc.task_state)
+        self.cores
+            .first()
+            .and_then(|core| core.tc.as_ref())
+            .map_or(task_state::ALIVE, |tc| tc.task_state)
     }
 }
 
@@ -301,23 +330,33 @@ impl TreeImage {
     /// When the store cannot be written.
     pub fn save(&self, store: &dyn ImageStore) -> Result<()> {
         let failed = "write images";
-        let one = |name: String, write: &dyn Fn(&str) -> Result<(), whimbrel_images::ImageError>| write(&name).context(failed);
-        let all = |name: &str, messages: &mut dyn Iterator<Item = &PstreeEntry>| -> Result<()> {
-            let mut writer = entry::ImageWriter::create(store, name).context(failed)?;
-            messages.try_for_each(|message| writer.write(message)).context(failed)?;
-            writer.finish().context(failed)
+        let one = |name: String, write: &dyn Fn(&str) -> Result<(), whimbrel_images::ImageError>| {
+            write(&name).context(failed)
         };
-        all("pstree.img", &mut self.tasks.iter().map(|task| &task.entry))?;
+        let mut writer = entry::ImageWriter::create(store, "pstree.img").context(failed)?;
+        self.tasks
+            .iter()
+            .try_for_each(|task| writer.write(&task.entry))
+            .context(failed)?;
+        writer.finish().context(failed)?;
         for task in &self.tasks {
             let pid = task.entry.pid;
             for (index, core) in task.cores.iter().enumerate() {
-                let tid = task.entry.threads.get(index).copied().filter(|_| !task.is_zombie()).unwrap_or(pid);
+                let tid = task
+                    .entry
+                    .threads
+                    .get(index)
+                    .copied()
+                    .filter(|_| !task.is_zombie())
+                    .unwrap_or(pid);
                 one(format!("core-{tid}.img"), &|name| entry::write_one(store, name, core))?;
             }
             if task.is_zombie() {
                 continue;
             }
-            one(format!("ids-{pid}.img"), &|name| entry::write_one(store, name, &task.ids))?;
+            one(format!("ids-{pid}.img"), &|name| {
+                entry::write_one(store, name, &task.ids)
+            })?;
             one(format!("mm-{pid}.img"), &|name| entry::write_one(store, name, &task.mm))?;
             one(format!("fs-{pid}.img"), &|name| entry::write_one(store, name, &task.fs))?;
             let name = format!("fdinfo-{}.img", task.ids.files_id);
@@ -326,10 +365,15 @@ impl TreeImage {
             writer.finish().context(failed)?;
         }
         let mut writer = entry::ImageWriter::create(store, "files.img").context(failed)?;
-        self.files.values().try_for_each(|file| writer.write(file)).context(failed)?;
+        self.files
+            .values()
+            .try_for_each(|file| writer.write(file))
+            .context(failed)?;
         writer.finish().context(failed)?;
         // Last: a directory with an inventory is a whole dump.
-        one("inventory.img".into(), &|name| entry::write_one(store, name, &self.inventory))
+        one("inventory.img".into(), &|name| {
+            entry::write_one(store, name, &self.inventory)
+        })
     }
 
     /// Reads a tree, and checks what others will rely on.
@@ -340,13 +384,22 @@ impl TreeImage {
         let failed = "read images";
         let inventory: InventoryEntry = entry::read_one(store, "inventory.img").context(failed)?;
         if inventory.img_version != IMAGE_VERSION {
-            return Err(Error::new("read images").because(format!("image version {} is not supported", inventory.img_version)));
+            return Err(
+                Error::new("read images").because(format!("image version {} is not supported", inventory.img_version))
+            );
         }
-        let mut tree = TreeImage { inventory, ..TreeImage::default() };
+        let mut tree = TreeImage {
+            inventory,
+            ..TreeImage::default()
+        };
         let pstree: Vec<PstreeEntry> = entry::read_all(store, "pstree.img").context(failed)?;
         let mut pids = HashSet::from([0]);
         for item in pstree {
-            let bad = |why: &str| Error::new("read images").object(format!("pstree.img, pid {}", item.pid)).because(why.to_owned());
+            let bad = |why: &str| {
+                Error::new("read images")
+                    .object(format!("pstree.img, pid {}", item.pid))
+                    .because(why.to_owned())
+            };
             if item.pid == 0 || !pids.insert(item.pid) {
                 return Err(bad("the pid is zero or appears twice"));
             }
@@ -356,7 +409,9 @@ impl TreeImage {
             tree.tasks.push(load_task(store, item)?);
         }
         if tree.tasks.is_empty() {
-            return Err(Error::new("read images").object("pstree.img").because("there is no task"));
+            return Err(Error::new("read images")
+                .object("pstree.img")
+                .because("there is no task"));
         }
         for file in entry::read_all::<FileEntry>(store, "files.img").context(failed)? {
             tree.files.insert(file.id, file);
@@ -380,7 +435,10 @@ impl TreeImage {
 fn load_task(store: &dyn ImageStore, item: PstreeEntry) -> Result<TaskImage> {
     let failed = "read images";
     let pid = item.pid;
-    let mut task = TaskImage { entry: item, ..TaskImage::default() };
+    let mut task = TaskImage {
+        entry: item,
+        ..TaskImage::default()
+    };
     let leader: CoreEntry = entry::read_one(store, &format!("core-{pid}.img")).context(failed)?;
     task.cores.push(leader);
     if task.is_zombie() {
@@ -388,7 +446,8 @@ fn load_task(store: &dyn ImageStore, item: PstreeEntry) -> Result<TaskImage> {
     }
     let others: Vec<u32> = task.entry.threads.iter().copied().filter(|&tid| tid != pid).collect();
     for tid in &others {
-        task.cores.push(entry::read_one(store, &format!("core-{tid}.img")).context(failed)?);
+        task.cores
+            .push(entry::read_one(store, &format!("core-{tid}.img")).context(failed)?);
     }
     task.entry.threads = std::iter::once(pid).chain(others).collect();
     let embedded = task.cores[0].ids.clone();

@@ -5,7 +5,9 @@ use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 
 use whimbrel_images::page::MemoryObject;
-use whimbrel_images::proto::{CoreEntry, FdinfoEntry, FileEntry, FdTypes, FsEntry, MmEntry, PstreeEntry, TaskKobjIdsEntry, VmaEntry};
+use whimbrel_images::proto::{
+    CoreEntry, FdTypes, FdinfoEntry, FileEntry, FsEntry, MmEntry, PstreeEntry, TaskKobjIdsEntry, VmaEntry,
+};
 use whimbrel_images::store::ImageStore;
 
 use super::Options;
@@ -61,13 +63,17 @@ impl Prepared {
 }
 
 fn is_zombie(pid: i32) -> bool {
-    procfs::read(pid, "stat").and_then(|text| procfs::stat::parse(&text)).is_ok_and(|stat| stat.state == b'Z')
+    procfs::read(pid, "stat")
+        .and_then(|text| procfs::stat::parse(&text))
+        .is_ok_and(|stat| stat.state == b'Z')
 }
 
 fn look_at(pid: i32, cache: &mut GadgetCache) -> Result<(Vec<Mapping>, Gadgets)> {
     let maps = procfs::maps::parse(&procfs::read(pid, "smaps")?)?;
     if maps.is_empty() {
-        return Err(Error::new("read mappings").task(pid).because("it has no memory: a kernel thread, or just ending"));
+        return Err(Error::new("read mappings")
+            .task(pid)
+            .because("it has no memory: a kernel thread, or just ending"));
     }
     let gadgets = Gadgets::find(pid, &maps, cache)?;
     Ok((maps, gadgets))
@@ -113,7 +119,10 @@ pub struct Collected {
 /// # Errors
 /// When something cannot be carried.
 pub fn collect(tree: &mut Tree, mut prepared: Prepared, options: &Options) -> Result<Collected> {
-    let mut all = Collected { next_id: 1, ..Collected::default() };
+    let mut all = Collected {
+        next_id: 1,
+        ..Collected::default()
+    };
     let root_session = tree.tasks.first().map_or(0, |task| task.session);
     check_sessions(tree, options, root_session)?;
     let root_pid = tree.tasks.first().map_or(0, |task| task.pid);
@@ -150,9 +159,15 @@ fn check_sharing(pid: i32, root: i32) -> Result<()> {
     if pid == root {
         return Ok(());
     }
-    for (what, name) in [(Kcmp::Vm, "memory"), (Kcmp::Files, "descriptor table"), (Kcmp::Fs, "working directory")] {
+    for (what, name) in [
+        (Kcmp::Vm, "memory"),
+        (Kcmp::Files, "descriptor table"),
+        (Kcmp::Fs, "working directory"),
+    ] {
         if sys::kcmp(pid, root, what, 0, 0).is_ok_and(|order| order.is_eq()) {
-            return Err(Error::new("carry a task").task(pid).because(format!("it shares its {name} with process {root}, which is not supported yet")));
+            return Err(Error::new("carry a task").task(pid).because(format!(
+                "it shares its {name} with process {root}, which is not supported yet"
+            )));
         }
     }
     for namespace in ["pid", "net", "mnt", "uts", "ipc", "user", "cgroup", "time"] {
@@ -166,11 +181,18 @@ fn check_sharing(pid: i32, root: i32) -> Result<()> {
 }
 
 fn zombie(task: &Task, status: i32) -> TaskImage {
-    let mut core = CoreEntry { mtype: whimbrel_images::proto::core_entry::March::X8664 as i32, ..CoreEntry::default() };
+    let mut core = CoreEntry {
+        mtype: whimbrel_images::proto::core_entry::March::X8664 as i32,
+        ..CoreEntry::default()
+    };
     let tc = core.tc.get_or_insert_default();
     (tc.task_state, tc.exit_code) = (task_state::DEAD, status as u32);
     tc.comm = String::from_utf8_lossy(&task.stat.comm).into_owned();
-    TaskImage { entry: pstree_entry(task, vec![task.inner_pid as u32]), cores: vec![core], ..TaskImage::default() }
+    TaskImage {
+        entry: pstree_entry(task, vec![task.inner_pid as u32]),
+        cores: vec![core],
+        ..TaskImage::default()
+    }
 }
 
 fn pstree_entry(task: &Task, threads: Vec<u32>) -> PstreeEntry {
@@ -189,7 +211,11 @@ fn collect_task(task: &mut Task, number: u32, prepared: &mut Prepared, all: &mut
     let fds = all.collect_descriptors(pid)?;
     let (cores, mut mm) = run_programs(task, &maps, gadgets)?;
     let brk = (mm.mm_start_brk, mm.mm_brk);
-    let mut memory = TaskMemory { pid, object: MemoryObject::Task(task.inner_pid as u32), ranges: Vec::new() };
+    let mut memory = TaskMemory {
+        pid,
+        object: MemoryObject::Task(task.inner_pid as u32),
+        ranges: Vec::new(),
+    };
     for map in &maps {
         let (mut vma, backing) = mapping::describe(map, brk)?;
         all.name_backing(pid, map, &mut vma, backing)?;
@@ -205,7 +231,11 @@ fn collect_task(task: &mut Task, number: u32, prepared: &mut Prepared, all: &mut
     all.memory.push(memory);
 
     let umask = Some(task.status.umask);
-    let fs = FsEntry { cwd_id: all.path_file(pid, "cwd", 0)?, root_id: all.path_file(pid, "root", 0)?, umask };
+    let fs = FsEntry {
+        cwd_id: all.path_file(pid, "cwd", 0)?,
+        root_id: all.path_file(pid, "root", 0)?,
+        umask,
+    };
     let ids = TaskKobjIdsEntry {
         vm_id: number,
         files_id: number,
@@ -221,7 +251,14 @@ fn collect_task(task: &mut Task, number: u32, prepared: &mut Prepared, all: &mut
         cgroup_ns_id: Some(8),
     };
     let threads = task.threads.iter().map(|thread| thread.inner_tid as u32).collect();
-    Ok(TaskImage { entry: pstree_entry(task, threads), cores, ids, mm, fs, fds })
+    Ok(TaskImage {
+        entry: pstree_entry(task, threads),
+        cores,
+        ids,
+        mm,
+        fs,
+        fds,
+    })
 }
 
 /// Images have the vdso's data pages as one mapping, whatever the kernel calls their parts.
@@ -240,34 +277,39 @@ fn run_programs(task: &mut Task, maps: &[Mapping], gadgets: Gadgets) -> Result<(
     let pid = task.pid;
     let mut views = Vec::new();
     for thread in &task.threads {
-        let stopped = thread.stopped.as_ref().ok_or_else(|| Error::new("dump").task(thread.tid).because("it is not stopped"))?;
+        let stopped = thread
+            .stopped
+            .as_ref()
+            .ok_or_else(|| Error::new("dump").task(thread.tid).because("it is not stopped"))?;
         let leader = thread.tid == pid;
         let read = |name: &str| procfs::read(pid, &format!("task/{}/{name}", thread.tid));
-        let stat = if leader { task.stat.clone() } else { procfs::stat::parse(&read("stat")?)? };
-        let status = if leader { task.status.clone() } else { procfs::status::parse(&read("status")?)? };
+        let stat = if leader {
+            task.stat.clone()
+        } else {
+            procfs::stat::parse(&read("stat")?)?
+        };
+        let status = if leader {
+            task.status.clone()
+        } else {
+            procfs::status::parse(&read("status")?)?
+        };
         if status.seccomp != 0 {
-            return Err(Error::new("carry seccomp").task(thread.tid).because("seccomp modes and filters are not supported yet"));
+            return Err(Error::new("carry seccomp")
+                .task(thread.tid)
+                .because("seccomp modes and filters are not supported yet"));
         }
         views.push((thread.tid, Home::of(stopped)?, stat, status));
     }
-    let mut programs = Vec::new();
-    for ((tid, home, stat, status), thread) in views.iter().zip(&task.threads) {
-        let Some(stopped) = thread.stopped.as_ref() else { continue };
-        let view = ThreadView { pid, tid: *tid, leader: *tid == pid, stopped, home, stat, status };
-        let mut program = Program::new();
-        let readers = TASK_KINDS
-            .iter()
-            .map(|kind| kind.dump(&view, &mut program).map_err(|error| error.task(*tid).object(kind.name())))
-            .collect::<Result<Vec<_>>>()?;
-        programs.push((program, readers));
-    }
-
+    let programs = build_programs(pid, &views, &task.threads)?;
     let take = |thread: &mut crate::tree::Thread| {
-        thread.stopped.take().ok_or_else(|| Error::new("dump").task(thread.tid).because("it is not stopped"))
+        thread
+            .stopped
+            .take()
+            .ok_or_else(|| Error::new("dump").task(thread.tid).because("it is not stopped"))
     };
     let leader = take(&mut task.threads[0])?;
     let (mut stub, mut leader) = StubProcess::inject(leader, maps, gadgets)?;
-    let mut work = || -> Result<(Vec<CoreEntry>, MmEntry)> {
+    let work = || -> Result<(Vec<CoreEntry>, MmEntry)> {
         let (mut cores, mut mm) = (Vec::new(), MmEntry::default());
         for (index, (mut program, readers)) in programs.into_iter().enumerate() {
             let mut core = CoreEntry::default();
@@ -298,10 +340,49 @@ fn run_programs(task: &mut Task, maps: &[Mapping], gadgets: Gadgets) -> Result<(
     match stub.remove(leader) {
         Ok(stopped) => task.threads[0].stopped = Some(stopped),
         Err(error) => result.as_ref().map(drop).map_err(|first| {
-            Error::new("clean up after a failure").task(pid).because(format!("{}; and then: {}", first.chain(), error.chain()))
+            Error::new("clean up after a failure").task(pid).because(format!(
+                "{}; and then: {}",
+                first.chain(),
+                error.chain()
+            ))
         })?,
     }
     result
+}
+
+type View = (i32, Home, procfs::stat::Stat, procfs::status::Status);
+
+/// One program per thread, with the readers of its results.
+fn build_programs<'a>(
+    pid: i32,
+    views: &'a [View],
+    threads: &[crate::tree::Thread],
+) -> Result<Vec<(Program, Vec<resource::Reader<'a>>)>> {
+    let mut programs = Vec::new();
+    for ((tid, home, stat, status), thread) in views.iter().zip(threads) {
+        let Some(stopped) = thread.stopped.as_ref() else {
+            continue;
+        };
+        let view = ThreadView {
+            pid,
+            tid: *tid,
+            leader: *tid == pid,
+            stopped,
+            home,
+            stat,
+            status,
+        };
+        let mut program = Program::new();
+        let readers = TASK_KINDS
+            .iter()
+            .map(|kind| {
+                kind.dump(&view, &mut program)
+                    .map_err(|error| error.task(*tid).object(kind.name()))
+            })
+            .collect::<Result<Vec<_>>>()?;
+        programs.push((program, readers));
+    }
+    Ok(programs)
 }
 
 impl Collected {
@@ -314,17 +395,27 @@ impl Collected {
     fn collect_descriptors(&mut self, pid: i32) -> Result<Vec<FdinfoEntry>> {
         let pidfd = sys::pidfd_open(pid).with(|| Error::new("open a pidfd").task(pid))?;
         let entries = std::fs::read_dir(format!("/proc/{pid}/fd")).with(|| Error::new("list descriptors").task(pid))?;
-        let mut numbers: Vec<i32> = entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect();
+        let mut numbers: Vec<i32> = entries
+            .flatten()
+            .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+            .collect();
         numbers.sort_unstable();
         let mut descriptors = Vec::new();
         for fd in numbers {
             let file = OpenFile::look(pid, fd, pidfd.as_fd())?;
-            let flags = if file.info.flags & libc::O_CLOEXEC as u32 != 0 { libc::FD_CLOEXEC as u32 } else { 0 };
+            let flags = if file.info.flags & libc::O_CLOEXEC as u32 != 0 {
+                libc::FD_CLOEXEC as u32
+            } else {
+                0
+            };
             let id = match self.same_description(&file) {
                 Some(id) => id,
                 None => {
                     let id = self.new_id();
-                    self.by_inode.entry((file.stat.st_dev, file.stat.st_ino)).or_default().push(id);
+                    self.by_inode
+                        .entry((file.stat.st_dev, file.stat.st_ino))
+                        .or_default()
+                        .push(id);
                     self.open.insert(id, file);
                     id
                 }
@@ -332,7 +423,13 @@ impl Collected {
             self.descriptors.insert((pid, fd), id);
             let kind = kind_for(&self.open[&id])?;
             let r#type = kind.types()[0] as i32;
-            descriptors.push(FdinfoEntry { id, flags, r#type, fd: fd as u32, xattr_security_selinux: None });
+            descriptors.push(FdinfoEntry {
+                id,
+                flags,
+                r#type,
+                fd: fd as u32,
+                xattr_security_selinux: None,
+            });
         }
         Ok(descriptors)
     }
@@ -354,9 +451,17 @@ impl Collected {
             Error::new("look at a mapped file").task(pid).object(text)
         };
         match backing {
-            Backing::File => vma.shmid = u64::from(self.path_file(pid, &name, vma.fdflags.unwrap_or(0)).map_err(|e| failed().because(e))?),
+            Backing::File => {
+                vma.shmid = u64::from(
+                    self.path_file(pid, &name, vma.fdflags.unwrap_or(0))
+                        .map_err(|e| failed().because(e))?,
+                )
+            }
             Backing::SharedAnonymous => {
-                let file = File::options().read(true).open(format!("/proc/{pid}/{name}")).with(failed)?;
+                let file = File::options()
+                    .read(true)
+                    .open(format!("/proc/{pid}/{name}"))
+                    .with(failed)?;
                 vma.shmid = u64::from(self.segments.id_of(file)?);
             }
             Backing::Memfd => return Err(failed().because("mapped memfds are not supported yet")),
@@ -370,7 +475,9 @@ impl Collected {
         let path = format!("/proc/{pid}/{link}");
         let failed = || Error::new("look at a file").task(pid).object(path.clone());
         let open_flags = rustix::fs::OFlags::PATH | rustix::fs::OFlags::CLOEXEC;
-        let handle = rustix::fs::open(&path, open_flags, rustix::fs::Mode::empty()).map_err(std::io::Error::from).with(failed)?;
+        let handle = rustix::fs::open(&path, open_flags, rustix::fs::Mode::empty())
+            .map_err(std::io::Error::from)
+            .with(failed)?;
         let stat = rustix::fs::fstat(&handle).map_err(std::io::Error::from).with(failed)?;
         let key = (stat.st_dev, stat.st_ino, flags);
         if let Some(&id) = self.by_path.get(&key) {
@@ -380,7 +487,15 @@ impl Collected {
         let id = self.new_id();
         self.by_path.insert(key, id);
         let link = std::os::unix::ffi::OsStringExt::into_vec(target);
-        self.paths.insert(id, PathFile { pid, link, stat, handle });
+        self.paths.insert(
+            id,
+            PathFile {
+                pid,
+                link,
+                stat,
+                handle,
+            },
+        );
         Ok(id)
     }
 
@@ -394,9 +509,19 @@ impl Collected {
         let reasons: Vec<Error> = self
             .open
             .values()
-            .filter_map(|file| kind_for(file).and_then(|kind| kind.check(file, &dump)).map_err(|error| error.task(file.pid).object(file.describe())).err())
+            .filter_map(|file| {
+                kind_for(file)
+                    .and_then(|kind| kind.check(file, &dump))
+                    .map_err(|error| error.task(file.pid).object(file.describe()))
+                    .err()
+            })
             .collect();
-        let more = reasons.iter().skip(1).map(|error| error.chain()).collect::<Vec<_>>().join("; and ");
+        let more = reasons
+            .iter()
+            .skip(1)
+            .map(|error| error.chain())
+            .collect::<Vec<_>>()
+            .join("; and ");
         match reasons.into_iter().next() {
             None => Ok(()),
             Some(first) if more.is_empty() => Err(first),
@@ -413,13 +538,24 @@ impl Collected {
         let mut dump = FileDump::new(store, options, &self.descriptors, &self.open, &mut shared);
         let mut entries = BTreeMap::new();
         for (&id, file) in &self.paths {
-            let source = regular::Source { pid: file.pid, link: &file.link, stat: &file.stat };
+            let source = regular::Source {
+                pid: file.pid,
+                link: &file.link,
+                stat: &file.stat,
+            };
             let reg = regular::describe_path(&source, &file.handle, id, &mut dump)?;
-            let entry = FileEntry { r#type: FdTypes::Reg as i32, id, reg: Some(reg), ..FileEntry::default() };
+            let entry = FileEntry {
+                r#type: FdTypes::Reg as i32,
+                id,
+                reg: Some(reg),
+                ..FileEntry::default()
+            };
             entries.insert(id, entry);
         }
         for (&id, file) in &self.open {
-            let entry = kind_for(file)?.dump(file, id, &mut dump).map_err(|error| error.task(file.pid).object(file.describe()))?;
+            let entry = kind_for(file)?
+                .dump(file, id, &mut dump)
+                .map_err(|error| error.task(file.pid).object(file.describe()))?;
             entries.insert(id, entry);
         }
         dump.close()?;
@@ -433,7 +569,14 @@ impl Collected {
 }
 
 fn kind_for(file: &OpenFile) -> Result<&'static dyn FileKind> {
-    FILE_KINDS.iter().copied().find(|kind| resource::FileKind::recognises(*kind, file)).ok_or_else(|| {
-        Error::new("carry a file").task(file.pid).object(file.describe()).because("files of this kind are not supported yet")
-    })
+    FILE_KINDS
+        .iter()
+        .copied()
+        .find(|kind| resource::FileKind::recognises(*kind, file))
+        .ok_or_else(|| {
+            Error::new("carry a file")
+                .task(file.pid)
+                .object(file.describe())
+                .because("files of this kind are not supported yet")
+        })
 }

@@ -42,7 +42,13 @@ pub fn select_all(memory: &TaskMemory) -> Result<(Pages, Selection)> {
     for &(start, end) in &memory.ranges {
         pages.own(start, end, &mut store)?;
     }
-    Ok((pages, Selection { store, parent: Vec::new() }))
+    Ok((
+        pages,
+        Selection {
+            store,
+            parent: Vec::new(),
+        },
+    ))
 }
 
 /// Writes the selected pages of a task to `sink`.
@@ -90,5 +96,9 @@ pub fn write(memory: &TaskMemory, pages: &Pages, selection: &Selection, sink: &m
     result?;
     let count = |runs: &[PageRun]| runs.iter().map(|run| run.pages).sum::<u64>();
     let (written, parent) = (count(&selection.store), count(&selection.parent));
-    Ok(Amount { pages_scanned: written + parent, pages_written: written, pages_in_parent: parent })
+    Ok(Amount {
+        pages_scanned: written + parent,
+        pages_written: written,
+        pages_in_parent: parent,
+    })
 }

@@ -30,7 +30,13 @@ pub struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Options { shell_job: false, tcp_established: false, file_locks: false, ext_unix_sk: false, ghost_limit: 1 << 20 }
+        Options {
+            shell_job: false,
+            tcp_established: false,
+            file_locks: false,
+            ext_unix_sk: false,
+            ghost_limit: 1 << 20,
+        }
     }
 }
 
@@ -70,6 +76,15 @@ pub fn freeze(root: i32, prepared: Prepared, options: &Options) -> Result<Frozen
     let mut tree = Tree::freeze(root)?;
     let freezing = since.elapsed();
     let collected = collect::collect(&mut tree, prepared, options)?;
-    let times = Times { freezing, collecting: since.elapsed() - freezing, ..Times::default() };
-    Ok(FrozenTree { tree, collected, times, since })
+    let times = Times {
+        freezing,
+        collecting: since.elapsed() - freezing,
+        ..Times::default()
+    };
+    Ok(FrozenTree {
+        tree,
+        collected,
+        times,
+        since,
+    })
 }

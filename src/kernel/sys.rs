@@ -4,7 +4,11 @@ use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 fn check(result: i64) -> io::Result<i64> {
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(result)
+    }
 }
 
 /// `pidfd_open(2)`.
@@ -13,7 +17,11 @@ fn check(result: i64) -> io::Result<i64> {
 /// ESRCH when there is no such process.
 pub fn pidfd_open(pid: i32) -> io::Result<OwnedFd> {
     // SAFETY: no pointers; the descriptor that comes back is ours alone.
-    unsafe { Ok(OwnedFd::from_raw_fd(check(libc::syscall(libc::SYS_pidfd_open, pid, 0))? as i32)) }
+    unsafe {
+        Ok(OwnedFd::from_raw_fd(
+            check(libc::syscall(libc::SYS_pidfd_open, pid, 0))? as i32,
+        ))
+    }
 }
 
 /// `pidfd_getfd(2)`: a duplicate of another process's descriptor, sharing its open file description.
@@ -127,7 +135,10 @@ pub fn set_socket_option_int(socket: BorrowedFd<'_>, level: i32, name: i32, valu
 /// # Errors
 /// As fcntl(2).
 pub fn fcntl_int(fd: BorrowedFd<'_>, command: i32, argument: i32) -> io::Result<i32> {
-    debug_assert!(!matches!(command, libc::F_GETLK | libc::F_SETLK | libc::F_SETLKW | libc::F_DUPFD));
+    debug_assert!(!matches!(
+        command,
+        libc::F_GETLK | libc::F_SETLK | libc::F_SETLKW | libc::F_DUPFD
+    ));
     // SAFETY: these commands take an int, no pointer.
     check(i64::from(unsafe { libc::fcntl(fd.as_raw_fd(), command, argument) })).map(|value| value as i32)
 }
@@ -148,7 +159,10 @@ pub fn owner_ex(fd: BorrowedFd<'_>) -> Option<(i32, i32)> {
     const F_GETOWN_EX: i32 = 16;
     let mut owner = OwnerEx { kind: 0, pid: 0 };
     // SAFETY: the kernel writes one struct f_owner_ex.
-    check(i64::from(unsafe { libc::fcntl(fd.as_raw_fd(), F_GETOWN_EX, &raw mut owner) })).ok()?;
+    check(i64::from(unsafe {
+        libc::fcntl(fd.as_raw_fd(), F_GETOWN_EX, &raw mut owner)
+    }))
+    .ok()?;
     Some((owner.kind, owner.pid))
 }
 
@@ -160,5 +174,8 @@ pub fn set_owner_ex(fd: BorrowedFd<'_>, kind: i32, pid: i32) -> io::Result<()> {
     const F_SETOWN_EX: i32 = 15;
     let owner = OwnerEx { kind, pid };
     // SAFETY: the kernel reads one struct f_owner_ex.
-    check(i64::from(unsafe { libc::fcntl(fd.as_raw_fd(), F_SETOWN_EX, &raw const owner) })).map(drop)
+    check(i64::from(unsafe {
+        libc::fcntl(fd.as_raw_fd(), F_SETOWN_EX, &raw const owner)
+    }))
+    .map(drop)
 }

@@ -18,15 +18,22 @@ pub struct FdInfo {
 impl FdInfo {
     /// The value of the first line `name: value`.
     pub fn field(&self, name: &str) -> Option<&str> {
-        self.lines.iter().find_map(|line| line.strip_prefix(name)?.trim_start().strip_prefix(':').map(str::trim))
+        self.lines
+            .iter()
+            .find_map(|line| line.strip_prefix(name)?.trim_start().strip_prefix(':').map(str::trim))
     }
 }
 
 /// Parses the file. What is damaged or unknown is left at its default: kinds check the fields that they need.
 pub fn parse(text: &[u8]) -> FdInfo {
-    let mut info = FdInfo { mount_id: -1, ..FdInfo::default() };
+    let mut info = FdInfo {
+        mount_id: -1,
+        ..FdInfo::default()
+    };
     for line in String::from_utf8_lossy(text).lines() {
-        let (name, value) = line.split_once(':').map_or((line, ""), |(name, value)| (name, value.trim()));
+        let (name, value) = line
+            .split_once(':')
+            .map_or((line, ""), |(name, value)| (name, value.trim()));
         match name {
             "pos" => info.pos = value.parse().unwrap_or(0),
             "flags" => info.flags = u32::from_str_radix(value, 8).unwrap_or(0),

@@ -57,9 +57,23 @@ impl Mapping {
 
     /// The same address range, protection and file: what re-validation inside the freeze compares.
     pub fn same_layout(&self, other: &Mapping) -> bool {
-        (self.start, self.end, self.prot, self.shared, self.offset, self.device, self.inode)
-            == (other.start, other.end, other.prot, other.shared, other.offset, other.device, other.inode)
-            && self.name == other.name
+        (
+            self.start,
+            self.end,
+            self.prot,
+            self.shared,
+            self.offset,
+            self.device,
+            self.inode,
+        ) == (
+            other.start,
+            other.end,
+            other.prot,
+            other.shared,
+            other.offset,
+            other.device,
+            other.inode,
+        ) && self.name == other.name
     }
 }
 
@@ -72,7 +86,9 @@ pub fn parse(text: &[u8]) -> Result<Vec<Mapping>> {
     for line in text.split(|&byte| byte == b'\n').filter(|line| !line.is_empty()) {
         // A header starts with a lower-case hexadecimal digit, an smaps field with a capital.
         if line[0].is_ascii_uppercase() {
-            let Some(mapping) = mappings.last_mut() else { return Err(malformed(line)) };
+            let Some(mapping) = mappings.last_mut() else {
+                return Err(malformed(line));
+            };
             field(mapping, line);
         } else {
             let mapping = header(line).ok_or_else(|| malformed(line))?;
@@ -97,10 +113,17 @@ fn header(line: &[u8]) -> Option<Mapping> {
     let (start, end) = split(range, b'-')?;
     let (major, minor) = split(device, b':')?;
     let bit = |index: usize, letter: u8, value: i32| {
-        if permissions.get(index) == Some(&letter) { value } else { 0 }
+        if permissions.get(index) == Some(&letter) {
+            value
+        } else {
+            0
+        }
     };
     // The kernel pads the name to a column and escapes newlines as \012.
-    let name = rest.iter().position(|&byte| byte != b' ').map_or(&[][..], |at| &rest[at..]);
+    let name = rest
+        .iter()
+        .position(|&byte| byte != b' ')
+        .map_or(&[][..], |at| &rest[at..]);
     Some(Mapping {
         start: hex(start)?,
         end: hex(end)?,
@@ -116,7 +139,9 @@ fn header(line: &[u8]) -> Option<Mapping> {
 
 fn field(mapping: &mut Mapping, line: &[u8]) {
     if let Some(flags) = line.strip_prefix(b"VmFlags:") {
-        let words = flags.split(|&byte| byte == b' ').filter_map(|word| <[u8; 2]>::try_from(word).ok());
+        let words = flags
+            .split(|&byte| byte == b' ')
+            .filter_map(|word| <[u8; 2]>::try_from(word).ok());
         mapping.flags = words.collect();
     } else if let Some(size) = line.strip_prefix(b"Rss:") {
         mapping.rss = kilobytes(size);
@@ -194,7 +219,10 @@ mod tests {
         let line = b"7f0000000000-7f0000001000 rw-s 00002000 fe:00 42                         /a b\\012c (deleted)\n";
         let mapping = &parse(line).unwrap()[0];
         assert_eq!(mapping.name, b"/a b\nc (deleted)");
-        assert_eq!((mapping.offset, mapping.inode, mapping.shared, mapping.device), (0x2000, 42, true, (0xfe, 0)));
+        assert_eq!(
+            (mapping.offset, mapping.inode, mapping.shared, mapping.device),
+            (0x2000, 42, true, (0xfe, 0))
+        );
     }
 
     #[test]

@@ -33,9 +33,8 @@ pub struct Stat {
 /// # Errors
 /// When a field is missing or no number.
 pub fn parse(text: &[u8]) -> Result<Stat> {
-    parse_line(text).ok_or_else(|| {
-        Error::new("parse stat").because(format!("unexpected text {:?}", String::from_utf8_lossy(text)))
-    })
+    parse_line(text)
+        .ok_or_else(|| Error::new("parse stat").because(format!("unexpected text {:?}", String::from_utf8_lossy(text))))
 }
 
 fn parse_line(text: &[u8]) -> Option<Stat> {
@@ -44,7 +43,11 @@ fn parse_line(text: &[u8]) -> Option<Stat> {
     let close = text.iter().rposition(|&byte| byte == b')')?;
     let comm = text.get(open + 1..close)?.to_vec();
     let number = |bytes: &[u8]| std::str::from_utf8(bytes).ok()?.trim().parse::<i64>().ok();
-    let rest: Vec<&[u8]> = text.get(close + 2..)?.trim_ascii_end().split(|&byte| byte == b' ').collect();
+    let rest: Vec<&[u8]> = text
+        .get(close + 2..)?
+        .trim_ascii_end()
+        .split(|&byte| byte == b' ')
+        .collect();
     // Field numbers as in the manual page; the state is field 3.
     let field = |index: usize| rest.get(index - 3).copied();
     let signed = |index: usize| field(index).and_then(number);

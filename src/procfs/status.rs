@@ -35,13 +35,19 @@ pub struct Status {
 pub fn parse(text: &[u8]) -> Result<Status> {
     // The name is escaped by the kernel, so every line is a field.
     let text = String::from_utf8_lossy(text);
-    let field = |name: &str| text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':').map(str::trim));
-    let need = |name: &str| {
-        field(name).ok_or_else(|| Error::new("parse status").because(format!("there is no field {name}")))
+    let field = |name: &str| {
+        text.lines()
+            .find_map(|line| line.strip_prefix(name)?.strip_prefix(':').map(str::trim))
     };
+    let need =
+        |name: &str| field(name).ok_or_else(|| Error::new("parse status").because(format!("there is no field {name}")));
     let bad = |name: &str| Error::new("parse status").because(format!("the field {name} is damaged"));
     let ints = |name: &str| -> Vec<i64> {
-        field(name).unwrap_or("").split_whitespace().filter_map(|word| word.parse().ok()).collect()
+        field(name)
+            .unwrap_or("")
+            .split_whitespace()
+            .filter_map(|word| word.parse().ok())
+            .collect()
     };
     let four = |name: &str| -> Result<[u32; 4]> {
         let all: Vec<u32> = ints(name).into_iter().map(|id| id as u32).collect();
@@ -50,7 +56,9 @@ pub fn parse(text: &[u8]) -> Result<Status> {
     let mask = |name: &str| u64::from_str_radix(need(name)?, 16).map_err(|_| bad(name));
     let namespaced = |name: &str| ints(name).into_iter().map(|id| id as i32).collect();
     Ok(Status {
-        umask: field("Umask").and_then(|umask| u32::from_str_radix(umask, 8).ok()).unwrap_or(0o22),
+        umask: field("Umask")
+            .and_then(|umask| u32::from_str_radix(umask, 8).ok())
+            .unwrap_or(0o22),
         tgid: need("Tgid")?.parse().map_err(|_| bad("Tgid"))?,
         ns_pid: namespaced("NSpid"),
         ns_pgid: namespaced("NSpgid"),
@@ -66,7 +74,9 @@ pub fn parse(text: &[u8]) -> Result<Status> {
         no_new_privs: field("NoNewPrivs") == Some("1"),
         seccomp: field("Seccomp").and_then(|mode| mode.parse().ok()).unwrap_or(0),
         threads: field("Threads").and_then(|count| count.parse().ok()).unwrap_or(1),
-        rss_kb: field("VmRSS").and_then(|rss| rss.trim_end_matches(" kB").parse().ok()).unwrap_or(0),
+        rss_kb: field("VmRSS")
+            .and_then(|rss| rss.trim_end_matches(" kB").parse().ok())
+            .unwrap_or(0),
     })
 }
 

@@ -45,18 +45,26 @@ impl Gadgets {
         let memory = RemoteMemory::new(pid);
         let executable = |m: &&Mapping| m.prot & libc::PROT_EXEC != 0 && m.prot & libc::PROT_READ != 0;
         let vdso = maps.iter().find(|m| m.is_named("[vdso]"));
-        let libraries = || maps.iter().filter(executable).filter(|m| m.inode != 0 && !m.shared && m.len() < 64 << 20);
+        let libraries = || {
+            maps.iter()
+                .filter(executable)
+                .filter(|m| m.inode != 0 && !m.shared && m.len() < 64 << 20)
+        };
 
         let mut found = None;
         for mapping in vdso.into_iter().chain(libraries()) {
-            let Ok(text) = memory.read_vec(RemoteAddr(mapping.start), mapping.len() as usize) else { continue };
+            let Ok(text) = memory.read_vec(RemoteAddr(mapping.start), mapping.len() as usize) else {
+                continue;
+            };
             if let Some((offset, pops)) = arch::find_syscall_return(&text) {
                 found = Some((RemoteAddr(mapping.start + offset as u64), pops));
                 break;
             }
         }
         let (syscall, pops) = found.ok_or_else(|| {
-            Error::new("find a system call instruction").task(pid).because("neither the vdso nor a library has one")
+            Error::new("find a system call instruction")
+                .task(pid)
+                .because("neither the vdso nor a library has one")
         })?;
 
         // The C library first: that is where it is.
@@ -65,14 +73,20 @@ impl Gadgets {
         let restorer = candidates.into_iter().find_map(|mapping| {
             let key = (mapping.device, mapping.inode);
             let in_file = *cache.restorers.entry(key).or_insert_with(|| {
-                let text = memory.read_vec(RemoteAddr(mapping.start), mapping.len() as usize).ok()?;
+                let text = memory
+                    .read_vec(RemoteAddr(mapping.start), mapping.len() as usize)
+                    .ok()?;
                 arch::find_restorer(&text).map(|offset| mapping.offset + offset as u64)
             });
             in_file
                 .filter(|offset| (mapping.offset..mapping.offset + mapping.len()).contains(offset))
                 .map(|offset| RemoteAddr(mapping.start + offset - mapping.offset))
         });
-        Ok(Gadgets { syscall, pops, restorer })
+        Ok(Gadgets {
+            syscall,
+            pops,
+            restorer,
+        })
     }
 }
 
@@ -138,7 +152,9 @@ impl Visitor {
     }
 
     fn lost(&self) -> Error {
-        Error::new("run a program").task(self.tid).because("the task died meanwhile")
+        Error::new("run a program")
+            .task(self.tid)
+            .because("the task died meanwhile")
     }
 }
 
@@ -167,10 +183,20 @@ impl StubProcess {
         let mut ranges: Vec<(u64, u64)> = maps.iter().map(|m| (m.start, m.end)).collect();
         let arena = maps::largest_gap(&mut ranges, ARENA_SIZE)
             .map(RemoteAddr)
-            .ok_or_else(|| Error::new("find room for the stub").task(pid).because("the address space is full"))?;
+            .ok_or_else(|| {
+                Error::new("find room for the stub")
+                    .task(pid)
+                    .because("the address space is full")
+            })?;
 
-        let mut stub =
-            StubProcess { pid, memory, gadgets, arena, channel: None, remote_descriptor: -1 };
+        let mut stub = StubProcess {
+            pid,
+            memory,
+            gadgets,
+            arena,
+            channel: None,
+            remote_descriptor: -1,
+        };
         let mut home = Home::of(&leader)?;
         let chain = stub.protect(&leader, &mut home, maps)?;
 
@@ -186,7 +212,12 @@ impl StubProcess {
 
         memory.write(arena + layout::TEXT, arch::stub_text())?;
         memory.write(arena + layout::ACTIVE, &0u64.to_le_bytes())?;
-        let mut visitor = Visitor { tid: pid, state: State::Outside(leader), home, slot: 0 };
+        let mut visitor = Visitor {
+            tid: pid,
+            state: State::Outside(leader),
+            home,
+            slot: 0,
+        };
         stub.enter_context(&visitor, &chain)?;
         if let Err(error) = stub.open_channel(&mut visitor) {
             let cleanup = stub.remove(visitor);
@@ -217,7 +248,12 @@ impl StubProcess {
         let mut home = Home::of(&thread)?;
         let chain = self.protect(&thread, &mut home, maps)?;
         thread.set_signal_mask(u64::MAX)?;
-        let visitor = Visitor { tid, state: State::Outside(thread), home, slot: 1 };
+        let visitor = Visitor {
+            tid,
+            state: State::Outside(thread),
+            home,
+            slot: 1,
+        };
         self.enter_context(&visitor, &chain)?;
         Ok(visitor)
     }
@@ -235,7 +271,9 @@ impl StubProcess {
     fn run_any(&mut self, visitor: &mut Visitor, program: &Program) -> Result<Outcome> {
         let base = self.arena + layout::PROGRAM;
         if program.size() as u64 > ARENA_SIZE - layout::PROGRAM {
-            return Err(Error::new("run a program").task(self.pid).because("it is larger than the arena"));
+            return Err(Error::new("run a program")
+                .task(self.pid)
+                .because("it is larger than the arena"));
         }
         self.memory.write(base, &program.encode(base.0))?;
         let end = base.0 + program.end_offset();
@@ -283,7 +321,9 @@ impl StubProcess {
         let (thread, unmapped) = borrowed_call(thread, &home, &self.gadgets, stack, libc::SYS_munmap, args)?;
         restore_home(&thread, &self.memory, &home)?;
         if unmapped != 0 {
-            return Err(Error::new("unmap the stub's arena").task(tid).because(os_error(unmapped)));
+            return Err(Error::new("unmap the stub's arena")
+                .task(tid)
+                .because(os_error(unmapped)));
         }
         Ok(thread)
     }
@@ -301,7 +341,9 @@ impl StubProcess {
             (self.arena.0, ARENA_SIZE),
         );
         let end = chain.address + chain.bytes.len() as u64;
-        let fits = maps.iter().any(|m| m.start <= chain.address && m.end >= end && m.prot & libc::PROT_WRITE != 0);
+        let fits = maps
+            .iter()
+            .any(|m| m.start <= chain.address && m.end >= end && m.prot & libc::PROT_WRITE != 0);
         if self.gadgets.restorer.is_none() || !fits {
             tracing::debug!(
                 task = thread.tid(),
@@ -325,8 +367,10 @@ impl StubProcess {
             patience: [0, 20_000_000],
             ..StubContext::default()
         };
-        self.memory.write(self.arena + layout::CONTEXT[visitor.slot], &context.to_bytes())?;
-        self.memory.write(self.arena + layout::ACTIVE, &(visitor.slot as u64 + 1).to_le_bytes())
+        self.memory
+            .write(self.arena + layout::CONTEXT[visitor.slot], &context.to_bytes())?;
+        self.memory
+            .write(self.arena + layout::ACTIVE, &(visitor.slot as u64 + 1).to_le_bytes())
     }
 
     /// Makes a socket pair in the process, takes one end, and leaves the other for the stub.
@@ -344,13 +388,17 @@ impl StubProcess {
             libc::SYS_socketpair,
             &[libc::AF_UNIX.into(), kind.into(), 0.into(), context.0.into()],
         );
-        program.call("bound the stub's wait", libc::SYS_setsockopt, &[
-            super::program::Arg::IntAt(context.0),
-            libc::SOL_SOCKET.into(),
-            libc::SO_RCVTIMEO.into(),
-            timeout.into(),
-            16.into(),
-        ]);
+        program.call(
+            "bound the stub's wait",
+            libc::SYS_setsockopt,
+            &[
+                super::program::Arg::IntAt(context.0),
+                libc::SOL_SOCKET.into(),
+                libc::SO_RCVTIMEO.into(),
+                timeout.into(),
+                16.into(),
+            ],
+        );
 
         let base = self.arena + layout::PROGRAM;
         self.memory.write(base, &program.encode(base.0))?;
@@ -392,13 +440,17 @@ impl StubProcess {
         let mut program = Program::new();
         let forever = program.data(&[0u8; 16]);
         program.call("close the other end", libc::SYS_close, &[ours.into()]);
-        program.call("wait for ever", libc::SYS_setsockopt, &[
-            theirs.into(),
-            libc::SOL_SOCKET.into(),
-            libc::SO_RCVTIMEO.into(),
-            forever.into(),
-            16.into(),
-        ]);
+        program.call(
+            "wait for ever",
+            libc::SYS_setsockopt,
+            &[
+                theirs.into(),
+                libc::SOL_SOCKET.into(),
+                libc::SO_RCVTIMEO.into(),
+                forever.into(),
+                16.into(),
+            ],
+        );
         self.run(visitor, &program).map(drop)
     }
 
@@ -425,7 +477,10 @@ impl StubProcess {
         };
         loop {
             let mut fds = [rustix::event::PollFd::new(socket, rustix::event::PollFlags::IN)];
-            let wait = rustix::event::Timespec { tv_sec: 0, tv_nsec: 50_000_000 };
+            let wait = rustix::event::Timespec {
+                tv_sec: 0,
+                tv_nsec: 50_000_000,
+            };
             let ready = rustix::event::poll(&mut fds, Some(&wait)).unwrap_or(0);
             if ready > 0 {
                 let mut report = [0u8; 8];

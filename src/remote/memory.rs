@@ -49,7 +49,11 @@ impl RemoteMemory {
     pub fn read(&self, address: RemoteAddr, buffer: &mut [u8]) -> Result<()> {
         let length = buffer.len();
         let read = self.read_pieces(&[(address, length)], buffer)?;
-        if read == length { Ok(()) } else { Err(self.short("read memory", address, read, length)) }
+        if read == length {
+            Ok(())
+        } else {
+            Err(self.short("read memory", address, read, length))
+        }
     }
 
     /// Reads `length` bytes at `address`.
@@ -72,7 +76,10 @@ impl RemoteMemory {
             let remote: Vec<libc::iovec> = chunk.iter().map(|&(address, length)| iovec(address, length)).collect();
             let wanted: usize = chunk.iter().map(|&(_, length)| length).sum();
             let part = &mut buffer[done..done + wanted];
-            let local = libc::iovec { iov_base: part.as_mut_ptr().cast(), iov_len: part.len() };
+            let local = libc::iovec {
+                iov_base: part.as_mut_ptr().cast(),
+                iov_len: part.len(),
+            };
             // SAFETY: `local` is one live, exclusively borrowed slice; remote addresses are checked by the kernel.
             let read = unsafe {
                 libc::process_vm_readv(self.pid, &local, 1, remote.as_ptr(), remote.len() as libc::c_ulong, 0)
@@ -96,7 +103,10 @@ impl RemoteMemory {
     /// # Errors
     /// When part of the range is not writable, or the process is gone.
     pub fn write(&self, address: RemoteAddr, bytes: &[u8]) -> Result<()> {
-        let local = libc::iovec { iov_base: bytes.as_ptr() as *mut _, iov_len: bytes.len() };
+        let local = libc::iovec {
+            iov_base: bytes.as_ptr() as *mut _,
+            iov_len: bytes.len(),
+        };
         let remote = iovec(address, bytes.len());
         // SAFETY: the kernel only reads from `local`; the remote address is checked by the kernel.
         let written = unsafe { libc::process_vm_writev(self.pid, &local, 1, &remote, 1, 0) };
@@ -116,19 +126,24 @@ impl RemoteMemory {
     pub fn write_forced(&self, address: RemoteAddr, bytes: &[u8]) -> Result<()> {
         use std::os::unix::fs::FileExt;
         let failed = || Error::new("write memory").task(self.pid).object(address.to_string());
-        let file = std::fs::OpenOptions::new().write(true).open(format!("/proc/{}/mem", self.pid)).with(failed)?;
+        let file = std::fs::OpenOptions::new()
+            .write(true)
+            .open(format!("/proc/{}/mem", self.pid))
+            .with(failed)?;
         file.write_all_at(bytes, address.0).with(failed)
     }
 
     fn short(&self, what: &str, address: RemoteAddr, done: usize, wanted: usize) -> Error {
         let at = address + done as u64;
-        Error::new(what)
-            .task(self.pid)
-            .object(at.to_string())
-            .because(format!("only {done} of {wanted} bytes at {address} could be transferred"))
+        Error::new(what).task(self.pid).object(at.to_string()).because(format!(
+            "only {done} of {wanted} bytes at {address} could be transferred"
+        ))
     }
 }
 
 fn iovec(address: RemoteAddr, length: usize) -> libc::iovec {
-    libc::iovec { iov_base: address.0 as *mut _, iov_len: length }
+    libc::iovec {
+        iov_base: address.0 as *mut _,
+        iov_len: length,
+    }
 }

@@ -157,7 +157,12 @@ impl Program {
     pub fn call_expecting(&mut self, what: impl Into<String>, expect: Expect, nr: i64, args: &[Arg]) -> CallId {
         let mut all = [Arg::Value(0); 6];
         all[..args.len()].copy_from_slice(args);
-        self.steps.push(Step { nr, expect, args: all, what: what.into() });
+        self.steps.push(Step {
+            nr,
+            expect,
+            args: all,
+            what: what.into(),
+        });
         CallId(self.steps.len() - 1)
     }
 
@@ -185,7 +190,10 @@ impl Program {
         let data = base + self.data_offset() as u64;
         let mut bytes = Vec::with_capacity(self.size());
         for step in &self.steps {
-            let mut call = Call { nr: step.nr as u32, ..Call::default() };
+            let mut call = Call {
+                nr: step.nr as u32,
+                ..Call::default()
+            };
             (call.expect, call.wanted) = match step.expect {
                 Expect::Anything => (0, 0),
                 Expect::Success => (1, 0),
@@ -222,7 +230,11 @@ impl Program {
                 i64::from_le_bytes(bytes[at..at + 8].try_into().unwrap_or_default())
             })
             .collect();
-        Outcome { results, data: bytes[self.data_offset()..].to_vec(), stopped_at }
+        Outcome {
+            results,
+            data: bytes[self.data_offset()..].to_vec(),
+            stopped_at,
+        }
     }
 }
 

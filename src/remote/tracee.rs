@@ -73,7 +73,12 @@ pub fn seize(tid: i32, exit_kill: bool) -> Result<Running> {
     }
     let mut result = request(libc::PTRACE_SEIZE, tid, 0, options as usize);
     if matches!(&result, Err(error) if error.raw_os_error() == Some(libc::EPERM)) && !exit_kill {
-        result = request(libc::PTRACE_SEIZE, tid, 0, (options & !PTRACE_O_SUSPEND_SECCOMP) as usize);
+        result = request(
+            libc::PTRACE_SEIZE,
+            tid,
+            0,
+            (options & !PTRACE_O_SUSPEND_SECCOMP) as usize,
+        );
     }
     match result {
         Ok(_) => Ok(Running { tid }),
@@ -112,7 +117,9 @@ impl Running {
     /// # Errors
     /// ESRCH when it is gone.
     pub fn interrupt(&self) -> Result<()> {
-        request(libc::PTRACE_INTERRUPT, self.tid, 0, 0).map(drop).with(|| Error::new("interrupt").task(self.tid))
+        request(libc::PTRACE_INTERRUPT, self.tid, 0, 0)
+            .map(drop)
+            .with(|| Error::new("interrupt").task(self.tid))
     }
 
     /// Waits until it stops or dies.
@@ -164,7 +171,14 @@ impl Running {
             0 => StopReason::Signal(signal),
             event => StopReason::Event(event),
         };
-        Ok(Some(Waited::Stopped(Stopped { tid: self.tid, signal: 0, armed: true }, reason)))
+        Ok(Some(Waited::Stopped(
+            Stopped {
+                tid: self.tid,
+                signal: 0,
+                armed: true,
+            },
+            reason,
+        )))
     }
 
     /// Stops it: interrupt, wait; signals that are on their way are delivered first, as if we were not there.
@@ -229,7 +243,9 @@ impl Stopped {
     /// ESRCH when it was killed.
     pub fn detach(mut self, signal: i32) -> Result<()> {
         self.armed = false;
-        request(libc::PTRACE_DETACH, self.tid, 0, signal as usize).map(drop).with(|| Error::new("detach").task(self.tid))
+        request(libc::PTRACE_DETACH, self.tid, 0, signal as usize)
+            .map(drop)
+            .with(|| Error::new("detach").task(self.tid))
     }
 
     /// General registers.
@@ -240,8 +256,12 @@ impl Stopped {
         // SAFETY: all-zero bytes are valid registers.
         let mut registers = Registers(unsafe { std::mem::zeroed() });
         let bytes = std::ptr::from_mut(&mut registers.0).cast();
-        let mut iov = libc::iovec { iov_base: bytes, iov_len: size_of::<libc::user_regs_struct>() };
-        self.regset(libc::PTRACE_GETREGSET, NT_PRSTATUS, &mut iov).context("read registers")?;
+        let mut iov = libc::iovec {
+            iov_base: bytes,
+            iov_len: size_of::<libc::user_regs_struct>(),
+        };
+        self.regset(libc::PTRACE_GETREGSET, NT_PRSTATUS, &mut iov)
+            .context("read registers")?;
         Ok(registers)
     }
 
@@ -251,8 +271,12 @@ impl Stopped {
     /// ESRCH when it was killed; EIO for values that the kernel refuses.
     pub fn set_registers(&self, registers: &Registers) -> Result<()> {
         let bytes = std::ptr::from_ref(&registers.0).cast_mut().cast();
-        let mut iov = libc::iovec { iov_base: bytes, iov_len: size_of::<libc::user_regs_struct>() };
-        self.regset(libc::PTRACE_SETREGSET, NT_PRSTATUS, &mut iov).context("set registers")
+        let mut iov = libc::iovec {
+            iov_base: bytes,
+            iov_len: size_of::<libc::user_regs_struct>(),
+        };
+        self.regset(libc::PTRACE_SETREGSET, NT_PRSTATUS, &mut iov)
+            .context("set registers")
     }
 
     /// Floating point and vector state.
@@ -262,8 +286,12 @@ impl Stopped {
     pub fn xstate(&self) -> Result<XState> {
         // AVX-512 needs 2.7 KiB, AMX 11 KiB.
         let mut bytes = vec![0u8; 16384];
-        let mut iov = libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() };
-        self.regset(libc::PTRACE_GETREGSET, NT_X86_XSTATE, &mut iov).context("read floating point state")?;
+        let mut iov = libc::iovec {
+            iov_base: bytes.as_mut_ptr().cast(),
+            iov_len: bytes.len(),
+        };
+        self.regset(libc::PTRACE_GETREGSET, NT_X86_XSTATE, &mut iov)
+            .context("read floating point state")?;
         bytes.truncate(iov.iov_len);
         Ok(XState(bytes))
     }
@@ -273,12 +301,18 @@ impl Stopped {
     /// # Errors
     /// EINVAL for a state that this processor cannot hold.
     pub fn set_xstate(&self, xstate: &XState) -> Result<()> {
-        let mut iov = libc::iovec { iov_base: xstate.0.as_ptr() as *mut _, iov_len: xstate.0.len() };
-        self.regset(libc::PTRACE_SETREGSET, NT_X86_XSTATE, &mut iov).context("set floating point state")
+        let mut iov = libc::iovec {
+            iov_base: xstate.0.as_ptr() as *mut _,
+            iov_len: xstate.0.len(),
+        };
+        self.regset(libc::PTRACE_SETREGSET, NT_X86_XSTATE, &mut iov)
+            .context("set floating point state")
     }
 
     fn regset(&self, op: u32, set: usize, iov: &mut libc::iovec) -> Result<()> {
-        request(op, self.tid, set, std::ptr::from_mut(iov) as usize).map(drop).with(|| Error::new("ptrace").task(self.tid))
+        request(op, self.tid, set, std::ptr::from_mut(iov) as usize)
+            .map(drop)
+            .with(|| Error::new("ptrace").task(self.tid))
     }
 
     /// The blocked signals.
@@ -308,8 +342,13 @@ impl Stopped {
     /// ESRCH when it was killed.
     pub fn event_message(&self) -> Result<u64> {
         let mut message = 0u64;
-        request(libc::PTRACE_GETEVENTMSG, self.tid, 0, std::ptr::from_mut(&mut message) as usize)
-            .with(|| Error::new("read event").task(self.tid))?;
+        request(
+            libc::PTRACE_GETEVENTMSG,
+            self.tid,
+            0,
+            std::ptr::from_mut(&mut message) as usize,
+        )
+        .with(|| Error::new("read event").task(self.tid))?;
         Ok(message)
     }
 
@@ -320,8 +359,13 @@ impl Stopped {
     pub fn rseq(&self) -> Result<Option<(u64, u32, u32)>> {
         // struct ptrace_rseq_configuration: u64 pointer, u32 size, u32 signature, u32 flags, u32 pad.
         let mut config = [0u32; 6];
-        request(PTRACE_GET_RSEQ_CONFIGURATION, self.tid, size_of_val(&config), config.as_mut_ptr() as usize)
-            .with(|| Error::new("read rseq").task(self.tid))?;
+        request(
+            PTRACE_GET_RSEQ_CONFIGURATION,
+            self.tid,
+            size_of_val(&config),
+            config.as_mut_ptr() as usize,
+        )
+        .with(|| Error::new("read rseq").task(self.tid))?;
         let address = u64::from(config[0]) | u64::from(config[1]) << 32;
         Ok((address != 0).then_some((address, config[2], config[3])))
     }
@@ -340,7 +384,11 @@ impl Stopped {
         let mut signals = Vec::new();
         loop {
             let mut batch = [[0u8; 128]; 32];
-            let peek = Peek { offset: signals.len() as u64, flags: shared as u32, number: 32 };
+            let peek = Peek {
+                offset: signals.len() as u64,
+                flags: shared as u32,
+                number: 32,
+            };
             let address = std::ptr::from_ref(&peek) as usize;
             let count = request(PTRACE_PEEKSIGINFO, self.tid, address, batch.as_mut_ptr() as usize)
                 .with(|| Error::new("read pending signals").task(self.tid))?;
@@ -363,7 +411,13 @@ impl Stopped {
             Err(error) => return Err(failed().because(error)),
         };
         let mut filter = vec![0u8; length * 8];
-        request(PTRACE_SECCOMP_GET_FILTER, self.tid, index as usize, filter.as_mut_ptr() as usize).with(failed)?;
+        request(
+            PTRACE_SECCOMP_GET_FILTER,
+            self.tid,
+            index as usize,
+            filter.as_mut_ptr() as usize,
+        )
+        .with(failed)?;
         Ok(Some(filter))
     }
 }
@@ -380,5 +434,9 @@ fn request(op: u32, tid: i32, address: usize, data: usize) -> io::Result<i64> {
     // SAFETY: callers pass, for requests that write to our memory, the address of a live object of the size that the
     // request asks for; requests that only touch the tracee are checked by the kernel.
     let result = unsafe { libc::ptrace(op, tid, address, data) };
-    if result == -1 { Err(io::Error::last_os_error()) } else { Ok(result) }
+    if result == -1 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(result)
+    }
 }

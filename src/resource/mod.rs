@@ -25,7 +25,7 @@ use crate::remote::{Outcome, Program, Stopped, inject::Home};
 pub use fd::{FileDump, FileRestore, OpenFile};
 
 /// A stopped thread, as a kind of the task family sees it when it is dumped.
-pub struct ThreadView<'a> {
+pub struct ThreadView<'a, 't> {
     /// Process id in our pid namespace.
     pub pid: i32,
     /// Thread id in our pid namespace.
@@ -33,7 +33,7 @@ pub struct ThreadView<'a> {
     /// Is it the thread-group leader? Then per-process state is dumped with it.
     pub leader: bool,
     /// The thread under ptrace, for what only ptrace can tell.
-    pub stopped: &'a Stopped,
+    pub stopped: &'t Stopped,
     /// Registers and mask as they were found.
     pub home: &'a Home,
     /// `/proc/PID/task/TID/stat`.
@@ -65,7 +65,7 @@ pub trait TaskKind: Sync {
     ///
     /// # Errors
     /// When the state cannot be carried: before anything was changed.
-    fn dump<'a>(&self, thread: &ThreadView<'a>, program: &mut Program) -> Result<Reader<'a>>;
+    fn dump<'a>(&self, thread: &ThreadView<'a, '_>, program: &mut Program) -> Result<Reader<'a>>;
 
     /// Adds the calls of a stage to the program of a thread that is being restored. `leader` has the process's state.
     ///

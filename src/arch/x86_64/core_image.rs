@@ -18,7 +18,8 @@ const ZMM_UPPER: u32 = 6;
 const HI16_ZMM: u32 = 7;
 const PKRU: u32 = 9;
 /// What the image format has fields for; x87 and SSE are the legacy area.
-const KNOWN: u64 = 0b11 | 1 << YMM | 1 << BNDREGS | 1 << BNDCSR | 1 << OPMASK | 1 << ZMM_UPPER | 1 << HI16_ZMM | 1 << PKRU;
+const KNOWN: u64 =
+    0b11 | 1 << YMM | 1 << BNDREGS | 1 << BNDCSR | 1 << OPMASK | 1 << ZMM_UPPER | 1 << HI16_ZMM | 1 << PKRU;
 /// Size of legacy area and header.
 const XSAVE_HEADER_END: usize = 576;
 
@@ -86,12 +87,19 @@ fn fpregs(xstate: &XState) -> Result<UserX86FpregsEntry> {
     let u16_at = |at: usize| u32::from(u16::from_le_bytes([area[at], area[at + 1]]));
     let xstate_bv = u64::from_le_bytes(area[512..520].try_into().unwrap_or_default());
     if xstate_bv & !KNOWN != 0 {
-        let what = format!("state components {:#x} are in use, which images have no place for", xstate_bv & !KNOWN);
+        let what = format!(
+            "state components {:#x} are in use, which images have no place for",
+            xstate_bv & !KNOWN
+        );
         return Err(Error::new("save vector state").because(what));
     }
     let used = |number: u32| {
         let (offset, size) = component(number);
-        if xstate_bv & 1 << number != 0 { area.get(offset..offset + size).unwrap_or(&[]) } else { &[] }
+        if xstate_bv & 1 << number != 0 {
+            area.get(offset..offset + size).unwrap_or(&[])
+        } else {
+            &[]
+        }
     };
     let padded = |number: u32, size: usize| {
         let mut bytes = used(number).to_vec();
@@ -179,7 +187,9 @@ pub fn from_image(image: &ThreadInfoX86, host: &XState) -> Result<(Registers, XS
     let missing = xstate_bv & !host.features();
     if missing != 0 {
         let cause = format!("this processor lacks the state components {missing:#x} that the program uses");
-        return Err(Error::new("restore vector state").because(cause).hint("restore on a processor with AVX support like the source's"));
+        return Err(Error::new("restore vector state")
+            .because(cause)
+            .hint("restore on a processor with AVX support like the source's"));
     }
     area[512..520].copy_from_slice(&xstate_bv.to_le_bytes());
     let parts: [(u32, Vec<u8>); 7] = [
@@ -208,11 +218,17 @@ fn put(area: &mut [u8], at: usize, bytes: &[u8]) -> Result<()> {
 }
 
 fn words32(bytes: &[u8]) -> Vec<u32> {
-    bytes.chunks_exact(4).map(|word| u32::from_le_bytes(word.try_into().unwrap_or_default())).collect()
+    bytes
+        .chunks_exact(4)
+        .map(|word| u32::from_le_bytes(word.try_into().unwrap_or_default()))
+        .collect()
 }
 
 fn words64(bytes: &[u8]) -> Vec<u64> {
-    bytes.chunks_exact(8).map(|word| u64::from_le_bytes(word.try_into().unwrap_or_default())).collect()
+    bytes
+        .chunks_exact(8)
+        .map(|word| u64::from_le_bytes(word.try_into().unwrap_or_default()))
+        .collect()
 }
 
 fn bytes32(words: &[u32], count: usize) -> Vec<u8> {

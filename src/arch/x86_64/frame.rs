@@ -57,21 +57,40 @@ pub fn build_heal_chain(
     let xstate_offset = (second + FRAME).next_multiple_of(64);
 
     let mut bytes = vec![0u8; size];
-    let mut unmap = registers.at_syscall(gadget.0, address + (first + FRAME) as u64, NR_MUNMAP, [arena.0, arena.1, 0, 0, 0, 0]);
+    let mut unmap = registers.at_syscall(
+        gadget.0,
+        address + (first + FRAME) as u64,
+        NR_MUNMAP,
+        [arena.0, arena.1, 0, 0, 0, 0],
+    );
     // Signals stay blocked until the thread is itself again.
     unmap.0.fs_base = registers.0.fs_base;
     write_frame(&mut bytes[first..], restorer, unmap, u64::MAX, 0);
-    write_frame(&mut bytes[second..], restorer, registers.restarted(), mask, address + xstate_offset as u64);
+    write_frame(
+        &mut bytes[second..],
+        restorer,
+        registers.restarted(),
+        mask,
+        address + xstate_offset as u64,
+    );
     write_xstate(&mut bytes[xstate_offset..], xstate);
 
-    HealChain { address, bytes, stack: address, restore_only_stack: address + second as u64 + 8 }
+    HealChain {
+        address,
+        bytes,
+        stack: address,
+        restore_only_stack: address + second as u64 + 8,
+    }
 }
 
 fn write_frame(frame: &mut [u8], restorer: u64, registers: Registers, mask: u64, fpstate: u64) {
     let mut put = |offset: usize, value: u64| frame[offset..offset + 8].copy_from_slice(&value.to_le_bytes());
     let r = &registers.0;
     put(0, restorer);
-    put(UCONTEXT, UC_SIGCONTEXT_SS | UC_STRICT_RESTORE_SS | if fpstate != 0 { UC_FP_XSTATE } else { 0 });
+    put(
+        UCONTEXT,
+        UC_SIGCONTEXT_SS | UC_STRICT_RESTORE_SS | if fpstate != 0 { UC_FP_XSTATE } else { 0 },
+    );
     put(UCONTEXT + 24, SS_INVALID);
     let general = [
         r.r8, r.r9, r.r10, r.r11, r.r12, r.r13, r.r14, r.r15, r.rdi, r.rsi, r.rbp, r.rbx, r.rdx, r.rax, r.rcx, r.rsp,

@@ -62,17 +62,34 @@ mod tests {
 
     #[test]
     fn a_syscall_with_pops_or_cleared_registers_before_its_return_is_found() {
-        assert_eq!(find_syscall_return(&[0x90, 0x0f, 0x05, 0x5b, 0x41, 0x5c, 0x5d, 0xc3]), Some((1, 3)));
-        assert_eq!(find_syscall_return(&[0x0f, 0x05, 0x31, 0xd2, 0x45, 0x31, 0xdb, 0xc3]), Some((0, 0)));
-        assert_eq!(find_syscall_return(&[0x0f, 0x05, 0xc9, 0xc3]), None, "leave moves the stack");
-        assert_eq!(find_syscall_return(&[0x0f, 0x05, 0x5c, 0xc3]), None, "pop rsp moves the stack");
+        assert_eq!(
+            find_syscall_return(&[0x90, 0x0f, 0x05, 0x5b, 0x41, 0x5c, 0x5d, 0xc3]),
+            Some((1, 3))
+        );
+        assert_eq!(
+            find_syscall_return(&[0x0f, 0x05, 0x31, 0xd2, 0x45, 0x31, 0xdb, 0xc3]),
+            Some((0, 0))
+        );
+        assert_eq!(
+            find_syscall_return(&[0x0f, 0x05, 0xc9, 0xc3]),
+            None,
+            "leave moves the stack"
+        );
+        assert_eq!(
+            find_syscall_return(&[0x0f, 0x05, 0x5c, 0xc3]),
+            None,
+            "pop rsp moves the stack"
+        );
         assert_eq!(find_syscall_return(&[0x0f, 0x05]), None);
     }
 
     #[test]
     fn the_c_library_of_this_program_has_a_restorer() {
         let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
-        let path = maps.lines().find(|l| l.contains("libc.so")).map(|l| l.split_whitespace().last().unwrap());
+        let path = maps
+            .lines()
+            .find(|l| l.contains("libc.so"))
+            .map(|l| l.split_whitespace().last().unwrap());
         let text = std::fs::read(path.unwrap_or("/proc/self/exe")).unwrap();
         assert!(find_restorer(&text).is_some());
     }

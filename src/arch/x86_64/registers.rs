@@ -53,8 +53,10 @@ impl Registers {
 
     /// The system call that was interrupted and is to be restarted by the kernel, if any: its number.
     pub fn interrupted_syscall(&self) -> Option<u64> {
-        let restart =
-            matches!(self.result(), ERESTARTSYS | ERESTARTNOINTR | ERESTARTNOHAND | ERESTART_RESTARTBLOCK);
+        let restart = matches!(
+            self.result(),
+            ERESTARTSYS | ERESTARTNOINTR | ERESTARTNOHAND | ERESTART_RESTARTBLOCK
+        );
         ((self.0.orig_rax as i64) >= 0 && restart).then_some(self.0.orig_rax)
     }
 
@@ -92,7 +94,13 @@ impl Registers {
     /// calls by stop signals"): these are started again, so that the program does not notice.
     pub fn undisturbed(mut self) -> Self {
         let interrupted = self.result() == -i64::from(libc::EINTR);
-        let waits = [libc::SYS_epoll_wait, libc::SYS_epoll_pwait, libc::SYS_epoll_pwait2, libc::SYS_semop, libc::SYS_semtimedop];
+        let waits = [
+            libc::SYS_epoll_wait,
+            libc::SYS_epoll_pwait,
+            libc::SYS_epoll_pwait2,
+            libc::SYS_semop,
+            libc::SYS_semtimedop,
+        ];
         if interrupted && waits.contains(&(self.0.orig_rax as i64)) {
             self.0.rax = self.0.orig_rax;
             self.0.rip -= 2;
@@ -104,7 +112,11 @@ impl Registers {
     /// Registers for a thread in another kernel object: as [`Registers::restarted`] only where the restart block
     /// matters, otherwise left for the kernel to restart when the thread resumes.
     pub fn for_restore(self) -> Self {
-        if self.result() == ERESTART_RESTARTBLOCK { self.restarted() } else { self }
+        if self.result() == ERESTART_RESTARTBLOCK {
+            self.restarted()
+        } else {
+            self
+        }
     }
 }
 
@@ -115,6 +127,8 @@ pub struct XState(pub Vec<u8>);
 impl XState {
     /// The state components that the kernel saves (XCR0), stored by the kernel in the software-reserved bytes.
     pub fn features(&self) -> u64 {
-        self.0.get(464..472).map_or(3, |bytes| u64::from_le_bytes(bytes.try_into().unwrap_or([3, 0, 0, 0, 0, 0, 0, 0])))
+        self.0.get(464..472).map_or(3, |bytes| {
+            u64::from_le_bytes(bytes.try_into().unwrap_or([3, 0, 0, 0, 0, 0, 0, 0]))
+        })
     }
 }

@@ -43,7 +43,14 @@ impl OpenFile {
         let info = crate::procfs::fdinfo::parse(&crate::procfs::read(pid, &format!("fdinfo/{fd}"))?);
         let handle = sys::pidfd_getfd(pidfd, fd).with(failed)?;
         let stat = rustix::fs::fstat(&handle).map_err(std::io::Error::from).with(failed)?;
-        Ok(OpenFile { pid, fd, link: std::os::unix::ffi::OsStringExt::into_vec(link), stat, info, handle })
+        Ok(OpenFile {
+            pid,
+            fd,
+            link: std::os::unix::ffi::OsStringExt::into_vec(link),
+            stat,
+            info,
+            handle,
+        })
     }
 
     /// `fd 7 → /run/x.sock`, for messages.
@@ -65,7 +72,10 @@ impl OpenFile {
     pub fn owner(&self) -> FownEntry {
         // fcntl fails on O_PATH descriptors, which have no owner.
         let int = |command| sys::fcntl_int(self.handle.as_fd(), command, 0).unwrap_or(0);
-        let mut owner = FownEntry { signum: int(sys::F_GETSIG) as u32, ..FownEntry::default() };
+        let mut owner = FownEntry {
+            signum: int(sys::F_GETSIG) as u32,
+            ..FownEntry::default()
+        };
         if let Some((kind, pid)) = sys::owner_ex(self.handle.as_fd()).filter(|&(_, pid)| pid != 0) {
             // enum pid_type of the kernel: 0 thread, 1 process, 2 process group, plus one in images' use of F_OWNER_*.
             (owner.pid_type, owner.pid) = (kind as u32, pid as u32);
@@ -121,7 +131,14 @@ impl<'a> FileDump<'a> {
         files: &'a BTreeMap<u32, OpenFile>,
         shared: &'a mut Shared,
     ) -> Self {
-        FileDump { store, options, ids, files, shared, writers: BTreeMap::new() }
+        FileDump {
+            store,
+            options,
+            ids,
+            files,
+            shared,
+            writers: BTreeMap::new(),
+        }
     }
 
     /// Adds an entry, and bytes behind it, to an image that all files of a kind share (`pipes-data.img`).
@@ -135,7 +152,10 @@ impl<'a> FileDump<'a> {
                 empty.insert(ImageWriter::create(self.store, image).context("create an image")?)
             }
         };
-        writer.write(entry).and_then(|()| writer.extra(bytes)).context("write an image")
+        writer
+            .write(entry)
+            .and_then(|()| writer.extra(bytes))
+            .context("write an image")
     }
 
     /// Closes the shared images.
@@ -143,7 +163,9 @@ impl<'a> FileDump<'a> {
     /// # Errors
     /// When they cannot be written.
     pub fn close(self) -> Result<()> {
-        self.writers.into_values().try_for_each(|writer| writer.finish().context("write an image"))
+        self.writers
+            .into_values()
+            .try_for_each(|writer| writer.finish().context("write an image"))
     }
 }
 
@@ -188,11 +210,15 @@ pub fn open_all(restore: &mut FileRestore<'_>) -> Result<()> {
     let entries = restore.entries;
     for (&id, entry) in entries {
         let kind = kind_of(entry)?;
-        let file = kind.open(entry, restore).map_err(|error| error.object(describe(entry)))?;
+        let file = kind
+            .open(entry, restore)
+            .map_err(|error| error.object(describe(entry)))?;
         restore.opened.insert(id, file);
     }
     for entry in entries.values() {
-        kind_of(entry)?.finish(entry, restore).map_err(|error| error.object(describe(entry)))?;
+        kind_of(entry)?
+            .finish(entry, restore)
+            .map_err(|error| error.object(describe(entry)))?;
     }
     Ok(())
 }
@@ -203,11 +229,15 @@ pub fn open_all(restore: &mut FileRestore<'_>) -> Result<()> {
 /// When no kind of ours does.
 pub fn kind_of(entry: &FileEntry) -> Result<&'static dyn FileKind> {
     let kinds = crate::resource::FILE_KINDS.iter();
-    kinds.copied().find(|kind| kind.types().contains(&entry.r#type())).ok_or_else(|| {
-        Error::new("restore a file")
-            .object(describe(entry))
-            .because(format!("files of type {} are not supported yet", entry.r#type().as_str_name()))
-    })
+    kinds
+        .copied()
+        .find(|kind| kind.types().contains(&entry.r#type()))
+        .ok_or_else(|| {
+            Error::new("restore a file").object(describe(entry)).because(format!(
+                "files of type {} are not supported yet",
+                entry.r#type().as_str_name()
+            ))
+        })
 }
 
 /// Names an entry in messages.
@@ -238,5 +268,9 @@ pub fn reopen(file: BorrowedFd<'_>, flags: u32) -> std::io::Result<OwnedFd> {
     use std::os::fd::AsRawFd;
     let path = format!("/proc/self/fd/{}", file.as_raw_fd());
     let flags = rustix::fs::OFlags::from_bits_retain(flags & !(libc::O_CREAT | libc::O_EXCL | libc::O_TRUNC) as u32);
-    Ok(rustix::fs::open(path, flags | rustix::fs::OFlags::CLOEXEC, rustix::fs::Mode::empty())?)
+    Ok(rustix::fs::open(
+        path,
+        flags | rustix::fs::OFlags::CLOEXEC,
+        rustix::fs::Mode::empty(),
+    )?)
 }

@@ -7,8 +7,8 @@ use whimbrel_images::proto::{FdTypes, FileEntry, PipeDataEntry, PipeEntry};
 
 use crate::error::{Context, Error, Result};
 use crate::kernel::sys;
-use crate::resource::fd::{self, FileDump, FileRestore, OpenFile};
 use crate::resource::FileKind;
+use crate::resource::fd::{self, FileDump, FileRestore, OpenFile};
 
 /// Anonymous pipes.
 pub struct Pipe;
@@ -33,20 +33,41 @@ impl FileKind for Pipe {
         let pipe_id = file.stat.st_ino as u32;
         if dump.shared.first(FdTypes::Pipe, file.stat.st_ino) {
             let data = peek(file).map_err(|error| error.object(file.describe()))?;
-            let size = sys::fcntl_int(file.handle.as_fd(), libc::F_GETPIPE_SZ, 0).ok().map(|size| size as u32);
-            let entry = PipeDataEntry { pipe_id, bytes: data.len() as u32, size };
+            let size = sys::fcntl_int(file.handle.as_fd(), libc::F_GETPIPE_SZ, 0)
+                .ok()
+                .map(|size| size as u32);
+            let entry = PipeDataEntry {
+                pipe_id,
+                bytes: data.len() as u32,
+                size,
+            };
             dump.append("pipes-data.img", &entry, &data)?;
         }
-        let pipe = PipeEntry { id, pipe_id, flags: file.flags(), fown: file.owner() };
-        Ok(FileEntry { r#type: FdTypes::Pipe as i32, id, pipe: Some(pipe), ..FileEntry::default() })
+        let pipe = PipeEntry {
+            id,
+            pipe_id,
+            flags: file.flags(),
+            fown: file.owner(),
+        };
+        Ok(FileEntry {
+            r#type: FdTypes::Pipe as i32,
+            id,
+            pipe: Some(pipe),
+            ..FileEntry::default()
+        })
     }
 
     fn open(&self, entry: &FileEntry, restore: &mut FileRestore<'_>) -> Result<OwnedFd> {
-        let pipe = entry.pipe.as_ref().ok_or_else(|| Error::new("restore a pipe").because("the image has no pipe entry"))?;
+        let pipe = entry
+            .pipe
+            .as_ref()
+            .ok_or_else(|| Error::new("restore a pipe").because("the image has no pipe entry"))?;
         let key = u64::from(pipe.pipe_id);
         // Both ends stay held while files are opened: an end that nobody has must still be closed by nobody.
         if !restore.held.contains_key(&(FdTypes::Pipe, key)) {
-            let (reader, writer) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC).map_err(std::io::Error::from).context("make a pipe")?;
+            let (reader, writer) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC)
+                .map_err(std::io::Error::from)
+                .context("make a pipe")?;
             fill(restore, pipe.pipe_id, &writer)?;
             restore.hold(FdTypes::Pipe, key, reader);
         }
@@ -64,19 +85,28 @@ impl FileKind for Pipe {
 /// Copies what is in the pipe without taking it out: tee(2) duplicates its buffers into a pipe of ours.
 fn peek(file: &OpenFile) -> Result<Vec<u8>> {
     let io = |errno: rustix::io::Errno| std::io::Error::from(errno);
-    let reader = fd::reopen(file.handle.as_fd(), (libc::O_RDONLY | libc::O_NONBLOCK) as u32).context("open the pipe")?;
-    let queued = rustix::io::ioctl_fionread(&reader).map_err(io).context("ask for the amount of data")?;
+    let reader =
+        fd::reopen(file.handle.as_fd(), (libc::O_RDONLY | libc::O_NONBLOCK) as u32).context("open the pipe")?;
+    let queued = rustix::io::ioctl_fionread(&reader)
+        .map_err(io)
+        .context("ask for the amount of data")?;
     if queued == 0 {
         return Ok(Vec::new());
     }
-    let (copy, sink) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK).map_err(io).context("make a pipe")?;
+    let (copy, sink) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)
+        .map_err(io)
+        .context("make a pipe")?;
     let capacity = sys::fcntl_int(file.handle.as_fd(), libc::F_GETPIPE_SZ, 0).context("ask for the size")?;
     sys::fcntl_int(sink.as_fd(), libc::F_SETPIPE_SZ, capacity).context("size a pipe")?;
-    let copied = rustix::pipe::tee(&reader, &sink, queued as usize, SpliceFlags::NONBLOCK).map_err(io).context("copy the data")?;
+    let copied = rustix::pipe::tee(&reader, &sink, queued as usize, SpliceFlags::NONBLOCK)
+        .map_err(io)
+        .context("copy the data")?;
     let mut data = vec![0u8; copied];
     let mut filled = 0;
     while filled < copied {
-        filled += rustix::io::read(&copy, &mut data[filled..]).map_err(io).context("read the data")?;
+        filled += rustix::io::read(&copy, &mut data[filled..])
+            .map_err(io)
+            .context("read the data")?;
     }
     if copied as u64 != queued {
         return Err(Error::new("copy the data of a pipe").because(format!("{copied} of {queued} bytes were copied")));
@@ -85,7 +115,9 @@ fn peek(file: &OpenFile) -> Result<Vec<u8>> {
 }
 
 fn fill(restore: &FileRestore<'_>, pipe_id: u32, writer: &OwnedFd) -> Result<()> {
-    let Some(mut image) = restore.image("pipes-data.img")? else { return Ok(()) };
+    let Some(mut image) = restore.image("pipes-data.img")? else {
+        return Ok(());
+    };
     while let Some(entry) = image.next::<PipeDataEntry>().context("read pipe data")? {
         if entry.bytes > MAX_DATA {
             return Err(Error::new("read pipe data").because(format!("{} bytes in one pipe", entry.bytes)));
@@ -100,7 +132,9 @@ fn fill(restore: &FileRestore<'_>, pipe_id: u32, writer: &OwnedFd) -> Result<()>
         sys::fcntl_int(writer.as_fd(), libc::F_SETFL, libc::O_NONBLOCK).context("fill a pipe")?;
         let mut rest = &data[..];
         while !rest.is_empty() {
-            let written = rustix::io::write(writer, rest).map_err(std::io::Error::from).context("fill a pipe")?;
+            let written = rustix::io::write(writer, rest)
+                .map_err(std::io::Error::from)
+                .context("fill a pipe")?;
             rest = &rest[written..];
         }
     }

@@ -6,11 +6,13 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::PathBuf;
 
 use whimbrel_images::entry::ImageWriter;
-use whimbrel_images::proto::{FdTypes, FileEntry, GhostFileEntry, RegFileEntry, RemapFilePathEntry, RemapType, Timeval};
+use whimbrel_images::proto::{
+    FdTypes, FileEntry, GhostFileEntry, RegFileEntry, RemapFilePathEntry, RemapType, Timeval,
+};
 
 use crate::error::{Context, Error, Result};
-use crate::resource::fd::{self, FileDump, FileRestore, OpenFile};
 use crate::resource::FileKind;
+use crate::resource::fd::{self, FileDump, FileRestore, OpenFile};
 
 /// Files that are found again by their path.
 pub struct Regular;
@@ -31,7 +33,10 @@ impl FileKind for Regular {
     fn recognises(&self, file: &OpenFile) -> bool {
         let memfd = file.link.starts_with(b"/memfd:");
         let device = file.file_type() == libc::S_IFCHR && {
-            let (major, minor) = (rustix::fs::major(file.stat.st_rdev), rustix::fs::minor(file.stat.st_rdev));
+            let (major, minor) = (
+                rustix::fs::major(file.stat.st_rdev),
+                rustix::fs::minor(file.stat.st_rdev),
+            );
             major == 1 && STATELESS_MEMORY_DEVICES.contains(&minor)
         };
         let plain = matches!(file.file_type(), libc::S_IFREG | libc::S_IFDIR | libc::S_IFLNK);
@@ -43,7 +48,10 @@ impl FileKind for Regular {
         let size = file.stat.st_blocks as u64 * 512;
         if deleted && file.file_type() == libc::S_IFREG && size > dump.options.ghost_limit {
             return Err(Error::new("carry a deleted file")
-                .because(format!("it has {size} bytes, more than the limit of {}", dump.options.ghost_limit))
+                .because(format!(
+                    "it has {size} bytes, more than the limit of {}",
+                    dump.options.ghost_limit
+                ))
                 .hint(format!("use --ghost-limit {size}")));
         }
         if deleted && file.file_type() == libc::S_IFDIR {
@@ -53,18 +61,31 @@ impl FileKind for Regular {
     }
 
     fn dump(&self, file: &OpenFile, id: u32, dump: &mut FileDump<'_>) -> Result<FileEntry> {
-        let source = Source { pid: file.pid, link: &file.link, stat: &file.stat };
+        let source = Source {
+            pid: file.pid,
+            link: &file.link,
+            stat: &file.stat,
+        };
         let mut entry = describe_path(&source, &file.handle, id, dump)?;
         (entry.flags, entry.pos, entry.fown) = (file.flags(), file.info.pos, file.owner());
-        Ok(FileEntry { r#type: FdTypes::Reg as i32, id, reg: Some(entry), ..FileEntry::default() })
+        Ok(FileEntry {
+            r#type: FdTypes::Reg as i32,
+            id,
+            reg: Some(entry),
+            ..FileEntry::default()
+        })
     }
 
     fn open(&self, entry: &FileEntry, restore: &mut FileRestore<'_>) -> Result<OwnedFd> {
-        let entry = entry.reg.as_ref().ok_or_else(|| Error::new("restore a file").because("the image has no file entry"))?;
+        let entry = entry
+            .reg
+            .as_ref()
+            .ok_or_else(|| Error::new("restore a file").because("the image has no file entry"))?;
         let file = open_entry(entry, entry.flags, restore)?;
         if entry.pos != 0 && entry.flags & libc::O_PATH as u32 == 0 {
             let seek = rustix::fs::seek(&file, rustix::fs::SeekFrom::Start(entry.pos));
-            seek.map_err(std::io::Error::from).context("set the position of a file")?;
+            seek.map_err(std::io::Error::from)
+                .context("set the position of a file")?;
         }
         fd::restore_owner(file.as_fd(), &entry.fown)?;
         Ok(file)
@@ -88,7 +109,12 @@ pub struct Source<'a> {
 pub fn describe_path(source: &Source<'_>, handle: &OwnedFd, id: u32, dump: &mut FileDump<'_>) -> Result<RegFileEntry> {
     let stat = source.stat;
     let kind = stat.st_mode & libc::S_IFMT;
-    let mut name = source.link.strip_suffix(DELETED).filter(|_| stat.st_nlink == 0).unwrap_or(source.link).to_vec();
+    let mut name = source
+        .link
+        .strip_suffix(DELETED)
+        .filter(|_| stat.st_nlink == 0)
+        .unwrap_or(source.link)
+        .to_vec();
     if name.is_empty() {
         name = b"/".to_vec();
     }
@@ -99,7 +125,12 @@ pub fn describe_path(source: &Source<'_>, handle: &OwnedFd, id: u32, dump: &mut 
             write_ghost(source, handle, id, dump).map_err(|error| error.object(object()))?;
         } else {
             // The same deleted file, opened again: it shares the ghost.
-            let ghost = dump.shared.ghosts.get(&(stat.st_dev, stat.st_ino)).copied().unwrap_or_default();
+            let ghost = dump
+                .shared
+                .ghosts
+                .get(&(stat.st_dev, stat.st_ino))
+                .copied()
+                .unwrap_or_default();
             write_remap(id, ghost, dump)?;
         }
     } else {
@@ -114,7 +145,11 @@ pub fn describe_path(source: &Source<'_>, handle: &OwnedFd, id: u32, dump: &mut 
                 .hint("put the file back under its name, or use --link-remap when that is supported"));
         }
     }
-    let build_id = if kind == libc::S_IFREG { build_id(handle) } else { Vec::new() };
+    let build_id = if kind == libc::S_IFREG {
+        build_id(handle)
+    } else {
+        Vec::new()
+    };
     Ok(RegFileEntry {
         id,
         flags: 0,
@@ -130,7 +165,11 @@ pub fn describe_path(source: &Source<'_>, handle: &OwnedFd, id: u32, dump: &mut 
 }
 
 fn write_remap(id: u32, ghost: u32, dump: &mut FileDump<'_>) -> Result<()> {
-    let entry = RemapFilePathEntry { orig_id: id, remap_id: ghost, remap_type: Some(RemapType::Ghost as i32) };
+    let entry = RemapFilePathEntry {
+        orig_id: id,
+        remap_id: ghost,
+        remap_type: Some(RemapType::Ghost as i32),
+    };
     dump.append("remap-fpath.img", &entry, &[])
 }
 
@@ -138,7 +177,12 @@ fn write_ghost(source: &Source<'_>, handle: &OwnedFd, id: u32, dump: &mut FileDu
     let stat = source.stat;
     let ghost = dump.shared.ghost_id();
     dump.shared.ghosts.insert((stat.st_dev, stat.st_ino), ghost);
-    let time = |sec: i64, nsec: u64| Some(Timeval { tv_sec: sec as u64, tv_usec: nsec / 1000 });
+    let time = |sec: i64, nsec: u64| {
+        Some(Timeval {
+            tv_sec: sec as u64,
+            tv_usec: nsec / 1000,
+        })
+    };
     // The device number in the kernel's own encoding, as images have it.
     let dev = |dev: u64| (rustix::fs::major(dev) << 20) | rustix::fs::minor(dev);
     let entry = GhostFileEntry {
@@ -174,14 +218,26 @@ pub fn open_entry(entry: &RegFileEntry, flags: u32, restore: &mut FileRestore<'_
     let path = restore.options.root.join(entry.name.trim_start_matches('/'));
     let file = rustix::fs::open(&path, oflags, rustix::fs::Mode::empty())
         .map_err(std::io::Error::from)
-        .with(|| Error::new("open a file").object(object()).hint("the file must exist on this host as it did on the source"))?;
-    let stat = rustix::fs::fstat(&file).map_err(std::io::Error::from).context("look at a file")?;
+        .with(|| {
+            Error::new("open a file")
+                .object(object())
+                .hint("the file must exist on this host as it did on the source")
+        })?;
+    let stat = rustix::fs::fstat(&file)
+        .map_err(std::io::Error::from)
+        .context("look at a file")?;
     let mismatch = |what: String| {
-        Error::new("validate a file").object(object()).because(what).hint("install the same version of it on this host")
+        Error::new("validate a file")
+            .object(object())
+            .because(what)
+            .hint("install the same version of it on this host")
     };
     if stat.st_mode & libc::S_IFMT == libc::S_IFREG && !restore.options.skip_file_validation {
         if let Some(size) = entry.size.filter(|&size| size != stat.st_size as u64) {
-            return Err(mismatch(format!("it has {} bytes here and had {size} at the source", stat.st_size)));
+            return Err(mismatch(format!(
+                "it has {} bytes here and had {size} at the source",
+                stat.st_size
+            )));
         }
         if !entry.build_id.is_empty() && build_id(&file) != entry.build_id {
             return Err(mismatch("its build id differs from the one at the source".into()));
@@ -191,7 +247,9 @@ pub fn open_entry(entry: &RegFileEntry, flags: u32, restore: &mut FileRestore<'_
 }
 
 fn ghost_of(id: u32, restore: &FileRestore<'_>) -> Result<Option<u32>> {
-    let Some(mut image) = restore.image("remap-fpath.img")? else { return Ok(None) };
+    let Some(mut image) = restore.image("remap-fpath.img")? else {
+        return Ok(None);
+    };
     while let Some(entry) = image.next::<RemapFilePathEntry>().context("read remaps")? {
         if entry.orig_id == id && entry.remap_type() == RemapType::Ghost {
             return Ok(Some(entry.remap_id));
@@ -213,7 +271,9 @@ fn open_ghost(entry: &RegFileEntry, ghost: u32, flags: u32, restore: &mut FileRe
 /// Makes the deleted file again: under its old name for a moment, so that links in /proc read as they did.
 fn make_ghost(entry: &RegFileEntry, ghost: u32, restore: &FileRestore<'_>) -> Result<OwnedFd> {
     let name = format!("ghost-file-{ghost:x}.img");
-    let mut image = restore.image(&name)?.ok_or_else(|| Error::new("restore a deleted file").because(format!("{name} is missing")))?;
+    let mut image = restore
+        .image(&name)?
+        .ok_or_else(|| Error::new("restore a deleted file").because(format!("{name} is missing")))?;
     let meta = image.required::<GhostFileEntry>().context("read a deleted file")?;
     if meta.chunks == Some(true) {
         return Err(Error::new("restore a deleted file").because("ghost files in chunks are not supported yet"));
@@ -221,22 +281,32 @@ fn make_ghost(entry: &RegFileEntry, ghost: u32, restore: &FileRestore<'_>) -> Re
     let path: PathBuf = restore.options.root.join(entry.name.trim_start_matches('/'));
     let parent = path.parent().unwrap_or(&path);
     let unique = parent.join(path.file_name().unwrap_or_default());
-    let oflags = rustix::fs::OFlags::RDWR | rustix::fs::OFlags::CREATE | rustix::fs::OFlags::EXCL | rustix::fs::OFlags::CLOEXEC;
+    let oflags =
+        rustix::fs::OFlags::RDWR | rustix::fs::OFlags::CREATE | rustix::fs::OFlags::EXCL | rustix::fs::OFlags::CLOEXEC;
     let mode = rustix::fs::Mode::from_raw_mode(meta.mode & 0o7777);
     // A file that has the name by now stays; the deleted one then gets a name beside it.
     let open = |path: &PathBuf| rustix::fs::open(path, oflags, mode).map(|file| (file, path.clone()));
     let beside = parent.join(format!(".whimbrel-ghost-{}-{ghost}", std::process::id()));
-    let (file, made) = open(&unique).or_else(|_| open(&beside)).map_err(std::io::Error::from).context("make a deleted file again")?;
+    let (file, made) = open(&unique)
+        .or_else(|_| open(&beside))
+        .map_err(std::io::Error::from)
+        .context("make a deleted file again")?;
     let filled = (|| -> Result<()> {
         let mut file = File::from(file.try_clone().context("duplicate a descriptor")?);
         image.copy_rest(&mut file).context("fill a deleted file")?;
         if let Some(size) = meta.size {
             file.set_len(size).context("size a deleted file")?;
         }
-        rustix::fs::fchown(&file, Some(rustix::fs::Uid::from_raw(meta.uid)), Some(rustix::fs::Gid::from_raw(meta.gid)))
+        rustix::fs::fchown(
+            &file,
+            Some(rustix::fs::Uid::from_raw(meta.uid)),
+            Some(rustix::fs::Gid::from_raw(meta.gid)),
+        )
+        .map_err(std::io::Error::from)
+        .context("set the owner of a deleted file")?;
+        rustix::fs::fchmod(&file, mode)
             .map_err(std::io::Error::from)
-            .context("set the owner of a deleted file")?;
-        rustix::fs::fchmod(&file, mode).map_err(std::io::Error::from).context("set the mode of a deleted file")
+            .context("set the mode of a deleted file")
     })();
     let removed = std::fs::remove_file(&made).context("delete a file again");
     filled.and(removed).map(|()| file)
@@ -284,11 +354,15 @@ fn elf_build_id(head: &[u8], mut read: impl FnMut(u64, usize) -> Option<Vec<u8>>
             let end = start.checked_add(description)?;
             if kind == NT_GNU_BUILD_ID && rest.get(12..16) == Some(b"GNU\0") {
                 let id = rest.get(start..end)?;
-                return Some(id.chunks(4).map(|c| {
-                    let mut word = [0; 4];
-                    word[..c.len()].copy_from_slice(c);
-                    u32::from_le_bytes(word)
-                }).collect());
+                return Some(
+                    id.chunks(4)
+                        .map(|c| {
+                            let mut word = [0; 4];
+                            word[..c.len()].copy_from_slice(c);
+                            u32::from_le_bytes(word)
+                        })
+                        .collect(),
+                );
             }
             rest = rest.get(end.next_multiple_of(4)..)?;
         }

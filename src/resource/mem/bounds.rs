@@ -23,8 +23,15 @@ pub struct Calls {
 pub fn ask(program: &mut Program) -> Calls {
     Calls {
         brk: program.call("read the program break", libc::SYS_brk, &[0.into()]),
-        dumpable: program.call("read the dumpable flag", libc::SYS_prctl, &[libc::PR_GET_DUMPABLE.into()]),
-        thp: program.try_call(libc::SYS_prctl, &[PR_GET_THP_DISABLE.into(), 0.into(), 0.into(), 0.into(), 0.into()]),
+        dumpable: program.call(
+            "read the dumpable flag",
+            libc::SYS_prctl,
+            &[libc::PR_GET_DUMPABLE.into()],
+        ),
+        thp: program.try_call(
+            libc::SYS_prctl,
+            &[PR_GET_THP_DISABLE.into(), 0.into(), 0.into(), 0.into(), 0.into()],
+        ),
     }
 }
 
@@ -47,7 +54,10 @@ pub fn read(pid: i32, stat: &Stat, calls: &Calls, outcome: &Outcome) -> Result<M
         mm_env_start: stat.env_start,
         mm_env_end: stat.env_end,
         exe_file_id: 0,
-        mm_saved_auxv: auxv.chunks_exact(8).map(|word| u64::from_le_bytes(word.try_into().unwrap_or_default())).collect(),
+        mm_saved_auxv: auxv
+            .chunks_exact(8)
+            .map(|word| u64::from_le_bytes(word.try_into().unwrap_or_default()))
+            .collect(),
         vmas: Vec::new(),
         dumpable: Some(outcome.result(calls.dumpable) as i32),
         aios: Vec::new(),
@@ -59,7 +69,12 @@ pub fn read(pid: i32, stat: &Stat, calls: &Calls, outcome: &Outcome) -> Result<M
 /// is a descriptor of the new one in the task.
 pub fn restore(program: &mut Program, mm: &MmEntry, executable: i32) {
     // struct prctl_mm_map: eleven addresses, pointer to the vector, its size (u32), the executable's descriptor (u32).
-    let auxv: Vec<u8> = mm.mm_saved_auxv.iter().take(64).flat_map(|word| word.to_le_bytes()).collect();
+    let auxv: Vec<u8> = mm
+        .mm_saved_auxv
+        .iter()
+        .take(64)
+        .flat_map(|word| word.to_le_bytes())
+        .collect();
     let vector = program.data(&auxv);
     let words = [
         mm.mm_start_code,
@@ -91,7 +106,13 @@ pub fn restore(program: &mut Program, mm: &MmEntry, executable: i32) {
 /// Adds the call that sets the dumpable flag; it must come after all changes of credentials.
 pub fn restore_dumpable(program: &mut Program, mm: &MmEntry) {
     if let Some(dumpable @ 0..=1) = mm.dumpable {
-        let args = [libc::PR_SET_DUMPABLE.into(), dumpable.into(), 0.into(), 0.into(), 0.into()];
+        let args = [
+            libc::PR_SET_DUMPABLE.into(),
+            dumpable.into(),
+            0.into(),
+            0.into(),
+            0.into(),
+        ];
         program.call("set the dumpable flag", libc::SYS_prctl, &args);
     }
 }

@@ -60,7 +60,11 @@ pub fn describe(mapping: &Mapping, brk: (u64, u64)) -> Result<(VmaEntry, Backing
         pgoff: mapping.offset,
         shmid: 0,
         prot: mapping.prot as u32,
-        flags: if mapping.shared { libc::MAP_SHARED } else { libc::MAP_PRIVATE } as u32,
+        flags: if mapping.shared {
+            libc::MAP_SHARED
+        } else {
+            libc::MAP_PRIVATE
+        } as u32,
         status: status::REGULAR,
         fd: -1,
         madv: None,
@@ -75,11 +79,17 @@ pub fn describe(mapping: &Mapping, brk: (u64, u64)) -> Result<(VmaEntry, Backing
             return Ok((entry, Backing::Kernel));
         }
         b"[vdso]" => {
-            (entry.status, entry.flags) = (entry.status | status::VDSO | status::ANON_PRIVATE, entry.flags | anonymous);
+            (entry.status, entry.flags) = (
+                entry.status | status::VDSO | status::ANON_PRIVATE,
+                entry.flags | anonymous,
+            );
             return Ok((entry, Backing::Kernel));
         }
         b"[vvar]" | b"[vvar_vclock]" => {
-            (entry.status, entry.flags) = (entry.status | status::VVAR | status::ANON_PRIVATE, entry.flags | anonymous);
+            (entry.status, entry.flags) = (
+                entry.status | status::VVAR | status::ANON_PRIVATE,
+                entry.flags | anonymous,
+            );
             return Ok((entry, Backing::Kernel));
         }
         _ if mapping.shared && deleted_shared(b"/dev/zero") => Backing::SharedAnonymous,
@@ -123,19 +133,28 @@ pub fn describe(mapping: &Mapping, brk: (u64, u64)) -> Result<(VmaEntry, Backing
         let writable = mapping.shared && (mapping.has(b"mw") || mapping.prot & libc::PROT_WRITE != 0);
         entry.fdflags = Some(if writable { libc::O_RDWR } else { libc::O_RDONLY } as u32);
     }
-    for (letters, flag) in [(b"gd", libc::MAP_GROWSDOWN), (b"lo", libc::MAP_LOCKED), (b"nr", libc::MAP_NORESERVE)] {
+    for (letters, flag) in [
+        (b"gd", libc::MAP_GROWSDOWN),
+        (b"lo", libc::MAP_LOCKED),
+        (b"nr", libc::MAP_NORESERVE),
+    ] {
         if mapping.has(letters) {
             entry.flags |= flag as u32;
         }
     }
-    let advice = ADVICE.iter().filter(|(letters, _)| mapping.has(letters)).fold(0u64, |all, (_, bit)| all | 1 << bit);
+    let advice = ADVICE
+        .iter()
+        .filter(|(letters, _)| mapping.has(letters))
+        .fold(0u64, |all, (_, bit)| all | 1 << bit);
     entry.madv = (advice != 0).then_some(advice);
     Ok((entry, backing))
 }
 
 fn refuse(mapping: &Mapping, why: &str) -> Error {
     let name = String::from_utf8_lossy(&mapping.name).into_owned();
-    Error::new("carry a mapping").object(format!("{:#x}-{:#x} {name}", mapping.start, mapping.end)).because(why)
+    Error::new("carry a mapping")
+        .object(format!("{:#x}-{:#x} {name}", mapping.start, mapping.end))
+        .because(why)
 }
 
 /// Is this a mapping that the kernel makes by itself?
@@ -164,7 +183,11 @@ pub fn validate(vmas: &[VmaEntry]) -> Result<()> {
 /// Adds the call that maps a VMA. `writable` maps it writable whatever its protection, for its contents; `file` is the
 /// descriptor of its file in the task.
 pub fn map(program: &mut Program, vma: &VmaEntry, writable: bool, file: Option<Arg>) {
-    let extra = if writable { libc::PROT_READ | libc::PROT_WRITE } else { 0 };
+    let extra = if writable {
+        libc::PROT_READ | libc::PROT_WRITE
+    } else {
+        0
+    };
     let keep = libc::MAP_SHARED | libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_GROWSDOWN | libc::MAP_NORESERVE;
     let mut flags = vma.flags & keep as u32 | libc::MAP_FIXED as u32;
     if file.is_some() {
@@ -179,13 +202,22 @@ pub fn map(program: &mut Program, vma: &VmaEntry, writable: bool, file: Option<A
         vma.pgoff.into(),
     ];
     let what = format!("map {:#x}-{:#x}", vma.start, vma.end);
-    program.call_expecting(what, crate::remote::Expect::Exactly(vma.start as i64), libc::SYS_mmap, &args);
+    program.call_expecting(
+        what,
+        crate::remote::Expect::Exactly(vma.start as i64),
+        libc::SYS_mmap,
+        &args,
+    );
 }
 
 /// Adds the calls that follow when the contents are there: protection, advice, locks.
 pub fn settle(program: &mut Program, vma: &VmaEntry, writable: bool) {
     let (start, length) = (Arg::from(vma.start), Arg::from(vma.end - vma.start));
-    let extra = if writable { (libc::PROT_READ | libc::PROT_WRITE) as u32 } else { 0 };
+    let extra = if writable {
+        (libc::PROT_READ | libc::PROT_WRITE) as u32
+    } else {
+        0
+    };
     if vma.prot | extra != vma.prot {
         let what = format!("protect {:#x}-{:#x}", vma.start, vma.end);
         program.call(what, libc::SYS_mprotect, &[start, length, vma.prot.into()]);
@@ -197,6 +229,10 @@ pub fn settle(program: &mut Program, vma: &VmaEntry, writable: bool) {
         }
     }
     if vma.flags & libc::MAP_LOCKED as u32 != 0 {
-        program.call(format!("lock {:#x}-{:#x}", vma.start, vma.end), libc::SYS_mlock, &[start, length]);
+        program.call(
+            format!("lock {:#x}-{:#x}", vma.start, vma.end),
+            libc::SYS_mlock,
+            &[start, length],
+        );
     }
 }

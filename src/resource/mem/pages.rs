@@ -5,8 +5,8 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 
 use whimbrel_images::page::{PAGE_SIZE, PageRun};
-use whimbrel_lazy::flags::Categories;
-use whimbrel_lazy::ioctl::{self, ScanRequest};
+
+use whimbrel_lazy::ioctl::{self, Categories, ScanRequest};
 
 use crate::error::{Context, Error, Result};
 use crate::remote::{RemoteAddr, RemoteMemory};
@@ -27,10 +27,15 @@ impl Pages {
     /// # Errors
     /// EACCES without ptrace access.
     pub fn open(pid: i32) -> Result<Pages> {
-        let open = |name: &str| {
-            File::open(format!("/proc/{pid}/{name}")).with(|| Error::new("open the page table").task(pid))
-        };
-        Ok(Pages { pid, pagemap: open("pagemap")?, memory: RemoteMemory::new(pid), forced: open("mem")?, scan: true })
+        let open =
+            |name: &str| File::open(format!("/proc/{pid}/{name}")).with(|| Error::new("open the page table").task(pid));
+        Ok(Pages {
+            pid,
+            pagemap: open("pagemap")?,
+            memory: RemoteMemory::new(pid),
+            forced: open("mem")?,
+            scan: true,
+        })
     }
 
     /// The open `/proc/PID/pagemap`.
@@ -98,7 +103,10 @@ impl Pages {
     /// # Errors
     /// When the process is gone, or a page was unmapped.
     pub fn read(&self, runs: &[PageRun], buffer: &mut [u8]) -> Result<()> {
-        let pieces: Vec<_> = runs.iter().map(|run| (RemoteAddr(run.start), run.bytes() as usize)).collect();
+        let pieces: Vec<_> = runs
+            .iter()
+            .map(|run| (RemoteAddr(run.start), run.bytes() as usize))
+            .collect();
         let total: usize = pieces.iter().map(|&(_, length)| length).sum();
         let done = self.memory.read_pieces(&pieces, &mut buffer[..total]).unwrap_or(0);
         if done == total {
@@ -122,7 +130,10 @@ impl Pages {
 pub fn push_page(runs: &mut Vec<PageRun>, address: u64) {
     match runs.last_mut() {
         Some(last) if last.end() == address => last.pages += 1,
-        _ => runs.push(PageRun { start: address, pages: 1 }),
+        _ => runs.push(PageRun {
+            start: address,
+            pages: 1,
+        }),
     }
 }
 
@@ -135,8 +146,14 @@ pub fn batches(runs: &[PageRun], bytes: usize) -> Vec<Vec<PageRun>> {
         let mut rest = run;
         while rest.pages > 0 {
             let take = rest.pages.min(room - used);
-            batch.push(PageRun { start: rest.start, pages: take });
-            rest = PageRun { start: rest.start + take * PAGE_SIZE as u64, pages: rest.pages - take };
+            batch.push(PageRun {
+                start: rest.start,
+                pages: take,
+            });
+            rest = PageRun {
+                start: rest.start + take * PAGE_SIZE as u64,
+                pages: rest.pages - take,
+            };
             used += take;
             if used == room {
                 all.push(std::mem::take(&mut batch));
@@ -156,12 +173,27 @@ mod tests {
 
     #[test]
     fn batches_hold_all_pages_in_order_and_no_more_than_their_size() {
-        let runs = [PageRun { start: 0x1000, pages: 3 }, PageRun { start: 0x10000, pages: 5 }];
+        let runs = [
+            PageRun {
+                start: 0x1000,
+                pages: 3,
+            },
+            PageRun {
+                start: 0x10000,
+                pages: 5,
+            },
+        ];
         let split = batches(&runs, 4 * PAGE_SIZE);
         assert_eq!(split.len(), 2);
-        let flat: Vec<u64> =
-            split.iter().flatten().flat_map(|r| (0..r.pages).map(|p| r.start + p * PAGE_SIZE as u64)).collect();
-        assert_eq!(flat, [0x1000, 0x2000, 0x3000, 0x10000, 0x11000, 0x12000, 0x13000, 0x14000]);
+        let flat: Vec<u64> = split
+            .iter()
+            .flatten()
+            .flat_map(|r| (0..r.pages).map(|p| r.start + p * PAGE_SIZE as u64))
+            .collect();
+        assert_eq!(
+            flat,
+            [0x1000, 0x2000, 0x3000, 0x10000, 0x11000, 0x12000, 0x13000, 0x14000]
+        );
     }
 
     #[test]
@@ -174,11 +206,25 @@ mod tests {
         let mut pages = Pages::open(std::process::id() as i32).unwrap();
         let (mut scanned, mut by_entries) = (Vec::new(), Vec::new());
         pages.own(base, base + 32 * PAGE_SIZE as u64, &mut scanned).unwrap();
-        pages.own_by_entries(base, base + 32 * PAGE_SIZE as u64, &mut by_entries).unwrap();
+        pages
+            .own_by_entries(base, base + 32 * PAGE_SIZE as u64, &mut by_entries)
+            .unwrap();
         assert_eq!(scanned, by_entries);
-        assert!(scanned.iter().any(|run| run.start <= base + 0x3000 && run.end() > base + 0x3000));
+        assert!(
+            scanned
+                .iter()
+                .any(|run| run.start <= base + 0x3000 && run.end() > base + 0x3000)
+        );
         let mut bytes = vec![0u8; PAGE_SIZE];
-        pages.read(&[PageRun { start: base + 9 * 4096, pages: 1 }], &mut bytes).unwrap();
+        pages
+            .read(
+                &[PageRun {
+                    start: base + 9 * 4096,
+                    pages: 1,
+                }],
+                &mut bytes,
+            )
+            .unwrap();
         assert_eq!(bytes[0], 9);
         drop(memory);
     }

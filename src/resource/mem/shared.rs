@@ -24,7 +24,9 @@ impl Segments {
     /// # Errors
     /// When it cannot be looked at.
     pub fn id_of(&mut self, file: File) -> Result<u32> {
-        let stat = rustix::fs::fstat(&file).map_err(std::io::Error::from).context("look at shared memory")?;
+        let stat = rustix::fs::fstat(&file)
+            .map_err(std::io::Error::from)
+            .context("look at shared memory")?;
         let next = self.ids.len() as u32 + 1;
         Ok(self.ids.entry((stat.st_dev, stat.st_ino)).or_insert((next, file)).0)
     }
@@ -34,7 +36,9 @@ impl Segments {
     /// # Errors
     /// When one cannot be read or stored.
     pub fn dump(&self, sink: &mut dyn PageSink) -> Result<()> {
-        self.ids.values().try_for_each(|(id, file)| dump_segment(*id, file, sink))
+        self.ids
+            .values()
+            .try_for_each(|(id, file)| dump_segment(*id, file, sink))
     }
 
     /// Every segment: its image id and its file.
@@ -54,7 +58,10 @@ pub fn dump_segment(id: u32, file: &File, sink: &mut dyn PageSink) -> Result<()>
         let mut done = 0;
         while done < run.pages {
             let pages = (run.pages - done).min((buffer.len() / PAGE_SIZE) as u64);
-            let part = PageRun { start: run.start + done * PAGE_SIZE as u64, pages };
+            let part = PageRun {
+                start: run.start + done * PAGE_SIZE as u64,
+                pages,
+            };
             let bytes = &mut buffer[..part.bytes() as usize];
             read_padded(file, bytes, part.start).with(failed)?;
             sink.write_pages(MemoryObject::Shmem(id), part, bytes).with(failed)?;
@@ -77,7 +84,10 @@ pub fn populated(file: &File) -> std::io::Result<Vec<PageRun>> {
             Err(error) => return Err(error.into()),
         };
         let end = rustix::fs::seek(file.as_fd(), SeekFrom::Hole(start))?.next_multiple_of(PAGE_SIZE as u64);
-        runs.push(PageRun { start, pages: (end - start) / PAGE_SIZE as u64 });
+        runs.push(PageRun {
+            start,
+            pages: (end - start) / PAGE_SIZE as u64,
+        });
         at = end;
     }
 }

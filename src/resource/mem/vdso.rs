@@ -26,19 +26,36 @@ impl Place {
     /// In a living process.
     pub fn of_maps(maps: &[Mapping]) -> Option<Place> {
         let code = maps.iter().find(|m| m.is_named("[vdso]"))?;
-        let data = maps.iter().filter(|m| m.is_named("[vvar]") || m.is_named("[vvar_vclock]")).map(|m| m.start).min();
-        Some(Place { data: data.unwrap_or(code.start).min(code.start), code: code.start, end: code.end })
+        let data = maps
+            .iter()
+            .filter(|m| m.is_named("[vvar]") || m.is_named("[vvar_vclock]"))
+            .map(|m| m.start)
+            .min();
+        Some(Place {
+            data: data.unwrap_or(code.start).min(code.start),
+            code: code.start,
+            end: code.end,
+        })
     }
 
     /// In an image.
     pub fn of_image(vmas: &[VmaEntry]) -> Option<Place> {
         let code = vmas.iter().find(|vma| vma.status & status::VDSO != 0)?;
-        let data = vmas.iter().filter(|vma| vma.status & status::VVAR != 0).map(|vma| vma.start).min();
-        Some(Place { data: data.unwrap_or(code.start).min(code.start), code: code.start, end: code.end })
+        let data = vmas
+            .iter()
+            .filter(|vma| vma.status & status::VVAR != 0)
+            .map(|vma| vma.start)
+            .min();
+        Some(Place {
+            data: data.unwrap_or(code.start).min(code.start),
+            code: code.start,
+            end: code.end,
+        })
     }
 
     fn same_shape(&self, other: &Place) -> bool {
-        self.code.wrapping_sub(self.data) == other.code.wrapping_sub(other.data) && self.end - self.code == other.end - other.code
+        self.code.wrapping_sub(self.data) == other.code.wrapping_sub(other.data)
+            && self.end - self.code == other.end - other.code
     }
 }
 
@@ -50,7 +67,10 @@ pub fn relocate(program: &mut Program, maps: &[Mapping], to: Place, spare: u64) 
     if from == to {
         return;
     }
-    let parts: Vec<&Mapping> = maps.iter().filter(|m| m.start >= from.data && m.end <= from.end).collect();
+    let parts: Vec<&Mapping> = maps
+        .iter()
+        .filter(|m| m.start >= from.data && m.end <= from.end)
+        .collect();
     for (source, target) in [(from.data, spare), (spare, to.data)] {
         for part in &parts {
             let length = part.end - part.start;
@@ -78,7 +98,9 @@ pub fn redirections(their_code: &[u8], theirs: u64, our_code: &[u8], ours: u64) 
     let mut patches = Vec::new();
     for (name, offset) in their_functions {
         let Some((_, target)) = our_functions.iter().find(|(other, _)| *other == name) else {
-            return Err(Error::new("redirect the vdso").object(name).because("this kernel's vdso has no such function"));
+            return Err(Error::new("redirect the vdso")
+                .object(name)
+                .because("this kernel's vdso has no such function"));
         };
         // movabs $target,%rax; jmp *%rax: rax is free at the entry of a function.
         let mut code = vec![0x48, 0xb8];
@@ -138,7 +160,10 @@ fn functions(elf: &[u8]) -> Option<Vec<(String, u64)>> {
         if info & 15 == STT_FUNC && section != 0 {
             let text = elf.get(strings.checked_add(name)?..)?;
             let end = text.iter().position(|&byte| byte == 0)?;
-            found.push((String::from_utf8_lossy(&text[..end]).into_owned(), word(at + 8)?.wrapping_sub(base)));
+            found.push((
+                String::from_utf8_lossy(&text[..end]).into_owned(),
+                word(at + 8)?.wrapping_sub(base),
+            ));
         }
     }
     Some(found)
@@ -153,7 +178,12 @@ mod tests {
         let maps = crate::procfs::maps::parse(&std::fs::read("/proc/self/maps").unwrap()).unwrap();
         let place = Place::of_maps(&maps).unwrap();
         let memory = RemoteMemory::new(std::process::id() as i32);
-        (place.code, memory.read_vec(RemoteAddr(place.code), (place.end - place.code) as usize).unwrap())
+        (
+            place.code,
+            memory
+                .read_vec(RemoteAddr(place.code), (place.end - place.code) as usize)
+                .unwrap(),
+        )
     }
 
     #[test]

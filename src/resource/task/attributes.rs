@@ -19,12 +19,16 @@ impl TaskKind for Attributes {
         "attributes"
     }
 
-    fn dump<'a>(&self, thread: &ThreadView<'a>, program: &mut Program) -> Result<Reader<'a>> {
+    fn dump<'a>(&self, thread: &ThreadView<'a, '_>, program: &mut Program) -> Result<Reader<'a>> {
         let tid_address = program.reserve(8);
         let args = [PR_GET_TID_ADDRESS.into(), tid_address.into()];
         program.call("read the address cleared at exit", libc::SYS_prctl, &args);
         let death = program.reserve(8);
-        program.call("read the parent-death signal", libc::SYS_prctl, &[libc::PR_GET_PDEATHSIG.into(), death.into()]);
+        program.call(
+            "read the parent-death signal",
+            libc::SYS_prctl,
+            &[libc::PR_GET_PDEATHSIG.into(), death.into()],
+        );
         let subreaper = program.reserve(8);
         let args = [libc::PR_GET_CHILD_SUBREAPER.into(), subreaper.into()];
         program.call("read the subreaper flag", libc::SYS_prctl, &args);
@@ -33,8 +37,13 @@ impl TaskKind for Attributes {
         let (robust, robust_length) = sys::robust_list(thread.tid).unwrap_or((0, 0));
         let rseq = thread.stopped.rseq().unwrap_or(None);
         let comm = String::from_utf8_lossy(&thread.stat.comm).into_owned();
-        let oom = procfs::read(thread.pid, "oom_score_adj").ok().and_then(|text| number(&text));
-        let (registers, xstate) = (thread.home.registers.with_known_syscall(thread.pid), thread.home.xstate.clone());
+        let oom = procfs::read(thread.pid, "oom_score_adj")
+            .ok()
+            .and_then(|text| number(&text));
+        let (registers, xstate) = (
+            thread.home.registers.with_known_syscall(thread.pid),
+            thread.home.xstate.clone(),
+        );
         let registers = match rseq {
             Some((area, ..)) => registers.outside_critical_section(thread.pid, area),
             None => registers,
@@ -42,7 +51,11 @@ impl TaskKind for Attributes {
         let (leader, flags) = (thread.leader, thread.stat.flags);
         Ok(Box::new(move |outcome, core| {
             core.mtype = whimbrel_images::proto::core_entry::March::X8664 as i32;
-            core.thread_info = Some(crate::arch::to_image(&registers, &xstate, outcome.word(tid_address, 0))?);
+            core.thread_info = Some(crate::arch::to_image(
+                &registers,
+                &xstate,
+                outcome.word(tid_address, 0),
+            )?);
             let per_thread = core.thread_core.get_or_insert_default();
             (per_thread.futex_rla, per_thread.futex_rla_len) = (robust, robust_length as u32);
             per_thread.pdeath_sig = Some(outcome.int(death, 0) as u32).filter(|&signal| signal != 0);
@@ -79,9 +92,15 @@ impl TaskKind for Attributes {
                 }
             }
             Stage::Thread => {
-                let name = per_thread.comm.or_else(|| thread.tc.as_ref().map(|task| task.comm.clone()));
+                let name = per_thread
+                    .comm
+                    .or_else(|| thread.tc.as_ref().map(|task| task.comm.clone()));
                 let name = program.string(name.unwrap_or_default().as_bytes());
-                program.call("set the name", libc::SYS_prctl, &[libc::PR_SET_NAME.into(), name.into()]);
+                program.call(
+                    "set the name",
+                    libc::SYS_prctl,
+                    &[libc::PR_SET_NAME.into(), name.into()],
+                );
                 if let Some(info) = &thread.thread_info {
                     let args = [info.clear_tid_addr.into()];
                     program.call("set the address cleared at exit", libc::SYS_set_tid_address, &args);
@@ -91,8 +110,12 @@ impl TaskKind for Attributes {
                     program.call("set the robust list", libc::SYS_set_robust_list, &args);
                 }
                 if let Some(rseq) = per_thread.rseq_entry.filter(|rseq| rseq.rseq_abi_pointer != 0) {
-                    let args =
-                        [rseq.rseq_abi_pointer.into(), rseq.rseq_abi_size.into(), 0.into(), rseq.signature.into()];
+                    let args = [
+                        rseq.rseq_abi_pointer.into(),
+                        rseq.rseq_abi_size.into(),
+                        0.into(),
+                        rseq.signature.into(),
+                    ];
                     program.call("register restartable sequences", libc::SYS_rseq, &args);
                 }
             }

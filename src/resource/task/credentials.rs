@@ -21,7 +21,7 @@ impl TaskKind for Credentials {
         "credentials"
     }
 
-    fn dump<'a>(&self, thread: &ThreadView<'a>, program: &mut Program) -> Result<Reader<'a>> {
+    fn dump<'a>(&self, thread: &ThreadView<'a, '_>, program: &mut Program) -> Result<Reader<'a>> {
         let securebits = program.call("read securebits", libc::SYS_prctl, &[libc::PR_GET_SECUREBITS.into()]);
         let status = thread.status;
         Ok(Box::new(move |outcome, core| {
@@ -50,7 +50,9 @@ impl TaskKind for Credentials {
 
     fn restore(&self, stage: Stage, thread: &CoreEntry, _leader: bool, program: &mut Program) -> Result<()> {
         let creds = thread.thread_core.as_ref().and_then(|core| core.creds.as_ref());
-        let Some(creds) = creds.filter(|_| stage == Stage::Final) else { return Ok(()) };
+        let Some(creds) = creds.filter(|_| stage == Stage::Final) else {
+            return Ok(());
+        };
         let prctl = |option: i32, args: &[Arg]| {
             let mut all = vec![Arg::from(option)];
             all.extend_from_slice(args);
@@ -62,10 +64,24 @@ impl TaskKind for Credentials {
 
         let groups: Vec<u8> = creds.groups.iter().flat_map(|group| group.to_le_bytes()).collect();
         let list = program.data(&groups);
-        let (count, three) = (creds.groups.len(), |a: u32, b: u32, c: u32| [a.into(), b.into(), c.into()]);
-        program.call("set supplementary groups", libc::SYS_setgroups, &[count.into(), list.into()]);
-        program.call("set group ids", libc::SYS_setresgid, &three(creds.gid, creds.egid, creds.sgid));
-        program.call("set user ids", libc::SYS_setresuid, &three(creds.uid, creds.euid, creds.suid));
+        let (count, three) = (creds.groups.len(), |a: u32, b: u32, c: u32| {
+            [a.into(), b.into(), c.into()]
+        });
+        program.call(
+            "set supplementary groups",
+            libc::SYS_setgroups,
+            &[count.into(), list.into()],
+        );
+        program.call(
+            "set group ids",
+            libc::SYS_setresgid,
+            &three(creds.gid, creds.egid, creds.sgid),
+        );
+        program.call(
+            "set user ids",
+            libc::SYS_setresuid,
+            &three(creds.uid, creds.euid, creds.suid),
+        );
         program.try_call(libc::SYS_setfsgid, &[creds.fsgid.into()]);
         program.try_call(libc::SYS_setfsuid, &[creds.fsuid.into()]);
 
@@ -76,7 +92,11 @@ impl TaskKind for Credentials {
                 program.call("drop a capability from the bounding set", libc::SYS_prctl, &args);
             }
         }
-        program.call("set securebits", libc::SYS_prctl, &prctl(libc::PR_SET_SECUREBITS, &[creds.secbits.into()]));
+        program.call(
+            "set securebits",
+            libc::SYS_prctl,
+            &prctl(libc::PR_SET_SECUREBITS, &[creds.secbits.into()]),
+        );
         let clear = prctl(PR_CAP_AMBIENT, &[PR_CAP_AMBIENT_CLEAR_ALL.into()]);
         program.try_call(libc::SYS_prctl, &clear);
 
@@ -91,7 +111,10 @@ impl TaskKind for Credentials {
         let data = program.data(&words);
         program.call("set capabilities", libc::SYS_capset, &[header.into(), data.into()]);
         for capability in (0..41u64).filter(|capability| whole(&creds.cap_amb) & 1 << capability != 0) {
-            let args = prctl(PR_CAP_AMBIENT, &[PR_CAP_AMBIENT_RAISE.into(), capability.into(), 0.into(), 0.into()]);
+            let args = prctl(
+                PR_CAP_AMBIENT,
+                &[PR_CAP_AMBIENT_RAISE.into(), capability.into(), 0.into(), 0.into()],
+            );
             program.call("raise an ambient capability", libc::SYS_prctl, &args);
         }
         if creds.no_new_privs == Some(1) {
@@ -112,5 +135,10 @@ fn halves(set: u64) -> Vec<u32> {
 }
 
 fn whole(halves: &[u32]) -> u64 {
-    halves.iter().take(2).enumerate().map(|(index, &half)| u64::from(half) << (32 * index)).sum()
+    halves
+        .iter()
+        .take(2)
+        .enumerate()
+        .map(|(index, &half)| u64::from(half) << (32 * index))
+        .sum()
 }

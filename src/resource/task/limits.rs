@@ -17,19 +17,26 @@ impl TaskKind for Limits {
         "resource limits"
     }
 
-    fn dump<'a>(&self, thread: &ThreadView<'a>, program: &mut Program) -> Result<Reader<'a>> {
+    fn dump<'a>(&self, thread: &ThreadView<'a, '_>, program: &mut Program) -> Result<Reader<'a>> {
         if !thread.leader {
             return Ok(Box::new(|_, _| Ok(())));
         }
         let buffers: Vec<_> = (0..LIMITS)
             .map(|limit| {
                 let buffer = program.reserve(16);
-                program.call("read a limit", libc::SYS_prlimit64, &[0.into(), limit.into(), 0.into(), buffer.into()]);
+                program.call(
+                    "read a limit",
+                    libc::SYS_prlimit64,
+                    &[0.into(), limit.into(), 0.into(), buffer.into()],
+                );
                 buffer
             })
             .collect();
         Ok(Box::new(move |outcome, core| {
-            let entry = |buffer| RlimitEntry { cur: outcome.word(buffer, 0), max: outcome.word(buffer, 8) };
+            let entry = |buffer| RlimitEntry {
+                cur: outcome.word(buffer, 0),
+                max: outcome.word(buffer, 8),
+            };
             let rlimits = buffers.into_iter().map(entry).collect();
             core.tc.get_or_insert_default().rlimits = Some(TaskRlimitsEntry { rlimits });
             Ok(())
@@ -42,10 +49,22 @@ impl TaskKind for Limits {
             return Ok(());
         }
         let limits = thread.tc.as_ref().and_then(|tc| tc.rlimits.as_ref());
-        for (limit, entry) in limits.iter().flat_map(|limits| &limits.rlimits).enumerate().take(LIMITS as usize) {
+        for (limit, entry) in limits
+            .iter()
+            .flat_map(|limits| &limits.rlimits)
+            .enumerate()
+            .take(LIMITS as usize)
+        {
             let value = program.data(&[entry.cur.to_le_bytes(), entry.max.to_le_bytes()].concat());
-            let what = format!("set resource limit {limit} to {}/{} (a hard limit above ours needs CAP_SYS_RESOURCE)", entry.cur, entry.max);
-            program.call(what, libc::SYS_prlimit64, &[0.into(), limit.into(), value.into(), 0.into()]);
+            let what = format!(
+                "set resource limit {limit} to {}/{} (a hard limit above ours needs CAP_SYS_RESOURCE)",
+                entry.cur, entry.max
+            );
+            program.call(
+                what,
+                libc::SYS_prlimit64,
+                &[0.into(), limit.into(), value.into(), 0.into()],
+            );
         }
         Ok(())
     }

@@ -16,10 +16,14 @@ impl TaskKind for Schedule {
         "scheduling"
     }
 
-    fn dump<'a>(&self, thread: &ThreadView<'a>, program: &mut Program) -> Result<Reader<'a>> {
+    fn dump<'a>(&self, thread: &ThreadView<'a, '_>, program: &mut Program) -> Result<Reader<'a>> {
         let param = program.reserve(8);
         let policy = program.call("read the scheduling policy", libc::SYS_sched_getscheduler, &[0.into()]);
-        program.call("read the scheduling priority", libc::SYS_sched_getparam, &[0.into(), param.into()]);
+        program.call(
+            "read the scheduling priority",
+            libc::SYS_sched_getparam,
+            &[0.into(), param.into()],
+        );
         let nice = thread.stat.nice;
         Ok(Box::new(move |outcome, core| {
             let core = core.thread_core.get_or_insert_default();
@@ -31,7 +35,9 @@ impl TaskKind for Schedule {
     }
 
     fn restore(&self, stage: Stage, thread: &CoreEntry, _leader: bool, program: &mut Program) -> Result<()> {
-        let Some(core) = thread.thread_core.as_ref().filter(|_| stage == Stage::Thread) else { return Ok(()) };
+        let Some(core) = thread.thread_core.as_ref().filter(|_| stage == Stage::Thread) else {
+            return Ok(());
+        };
         if let Some(nice) = core.sched_nice.filter(|&nice| nice != 0) {
             let args = [libc::PRIO_PROCESS.into(), 0.into(), nice.into()];
             program.call("set the nice value", libc::SYS_setpriority, &args);

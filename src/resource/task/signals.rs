@@ -17,9 +17,13 @@ impl TaskKind for Signals {
         "signals"
     }
 
-    fn dump<'a>(&self, thread: &ThreadView<'a>, program: &mut Program) -> Result<Reader<'a>> {
+    fn dump<'a>(&self, thread: &ThreadView<'a, '_>, program: &mut Program) -> Result<Reader<'a>> {
         let stack = program.reserve(24);
-        program.call("read the alternate stack", libc::SYS_sigaltstack, &[0.into(), stack.into()]);
+        program.call(
+            "read the alternate stack",
+            libc::SYS_sigaltstack,
+            &[0.into(), stack.into()],
+        );
         // struct kernel_sigaction: handler, flags, restorer, mask.
         let actions: Vec<_> = (1..=SIGNALS)
             .filter(|&signal| thread.leader && !matches!(signal, libc::SIGKILL | libc::SIGSTOP))
@@ -32,7 +36,11 @@ impl TaskKind for Signals {
             .collect();
         let (mask, leader) = (thread.home.mask, thread.leader);
         let own = queue(thread.stopped.pending_signals(false)?);
-        let shared = if leader { Some(queue(thread.stopped.pending_signals(true)?)) } else { None };
+        let shared = if leader {
+            Some(queue(thread.stopped.pending_signals(true)?))
+        } else {
+            None
+        };
         Ok(Box::new(move |outcome, core| {
             let per_thread = core.thread_core.get_or_insert_default();
             per_thread.blk_sigset = Some(mask);
@@ -72,7 +80,11 @@ impl TaskKind for Signals {
                     let words = [stack.ss_sp, u64::from(flags as u32), stack.ss_size];
                     let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
                     let data = program.data(&bytes);
-                    program.call("set the alternate stack", libc::SYS_sigaltstack, &[data.into(), 0.into()]);
+                    program.call(
+                        "set the alternate stack",
+                        libc::SYS_sigaltstack,
+                        &[data.into(), 0.into()],
+                    );
                 }
             }
             // All signals are blocked by now, so that they stay pending until the thread runs. SI codes of the kernel
@@ -85,7 +97,11 @@ impl TaskKind for Signals {
                     let args = [pid.into(), tid.into(), number.into(), info.into()];
                     program.call("queue a pending signal", libc::SYS_rt_tgsigqueueinfo, &args);
                 }
-                let shared = thread.tc.as_ref().filter(|_| leader).and_then(|tc| tc.signals_s.as_ref());
+                let shared = thread
+                    .tc
+                    .as_ref()
+                    .filter(|_| leader)
+                    .and_then(|tc| tc.signals_s.as_ref());
                 for signal in shared.iter().flat_map(|queue| &queue.signals) {
                     let (number, info) = (signal_number(signal), program.data(&whole_siginfo(signal)));
                     let args = [pid.into(), number.into(), info.into()];
@@ -110,12 +126,19 @@ fn restore_actions(task: Option<&TaskCoreEntry>, program: &mut Program) {
 }
 
 fn queue(signals: Vec<[u8; 128]>) -> SignalQueueEntry {
-    let entry = |siginfo: [u8; 128]| SiginfoEntry { siginfo: siginfo.to_vec() };
-    SignalQueueEntry { signals: signals.into_iter().map(entry).collect() }
+    let entry = |siginfo: [u8; 128]| SiginfoEntry {
+        siginfo: siginfo.to_vec(),
+    };
+    SignalQueueEntry {
+        signals: signals.into_iter().map(entry).collect(),
+    }
 }
 
 fn signal_number(entry: &SiginfoEntry) -> i32 {
-    entry.siginfo.get(..4).map_or(0, |bytes| i32::from_le_bytes(bytes.try_into().unwrap_or_default()))
+    entry
+        .siginfo
+        .get(..4)
+        .map_or(0, |bytes| i32::from_le_bytes(bytes.try_into().unwrap_or_default()))
 }
 
 fn whole_siginfo(entry: &SiginfoEntry) -> Vec<u8> {

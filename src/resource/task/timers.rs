@@ -19,7 +19,7 @@ impl TaskKind for Timers {
         "timers"
     }
 
-    fn dump<'a>(&self, thread: &ThreadView<'a>, program: &mut Program) -> Result<Reader<'a>> {
+    fn dump<'a>(&self, thread: &ThreadView<'a, '_>, program: &mut Program) -> Result<Reader<'a>> {
         if !thread.leader {
             return Ok(Box::new(|_, _| Ok(())));
         }
@@ -27,7 +27,11 @@ impl TaskKind for Timers {
             .into_iter()
             .map(|which| {
                 let value = program.reserve(32);
-                program.call("read an interval timer", libc::SYS_getitimer, &[which.into(), value.into()]);
+                program.call(
+                    "read an interval timer",
+                    libc::SYS_getitimer,
+                    &[which.into(), value.into()],
+                );
                 value
             })
             .collect();
@@ -68,7 +72,15 @@ impl TaskKind for Timers {
         match stage {
             // Made before credentials change, armed last. Threads exist: timers may signal one of them.
             Stage::Thread if !timers.posix.is_empty() => {
-                let by_id = |on: i32| [PR_TIMER_CREATE_RESTORE_IDS.into(), on.into(), 0.into(), 0.into(), 0.into()];
+                let by_id = |on: i32| {
+                    [
+                        PR_TIMER_CREATE_RESTORE_IDS.into(),
+                        on.into(),
+                        0.into(),
+                        0.into(),
+                        0.into(),
+                    ]
+                };
                 program.call("restore timer ids (needs Linux 6.15)", libc::SYS_prctl, &by_id(1));
                 for timer in &timers.posix {
                     let mut event = timer.sival_ptr.to_le_bytes().to_vec();
@@ -89,7 +101,11 @@ impl TaskKind for Timers {
                     let args = [timer.it_id.into(), 0.into(), value.into(), 0.into()];
                     program.call("arm a POSIX timer", libc::SYS_timer_settime, &args);
                 }
-                let all = [(libc::ITIMER_REAL, &timers.real), (libc::ITIMER_VIRTUAL, &timers.virt), (libc::ITIMER_PROF, &timers.prof)];
+                let all = [
+                    (libc::ITIMER_REAL, &timers.real),
+                    (libc::ITIMER_VIRTUAL, &timers.virt),
+                    (libc::ITIMER_PROF, &timers.prof),
+                ];
                 for (which, timer) in all {
                     if timer.vsec != 0 || timer.vusec != 0 {
                         let words = [timer.isec, timer.iusec, timer.vsec, timer.vusec];
@@ -107,7 +123,12 @@ impl TaskKind for Timers {
 
 fn interval(outcome: &Outcome, value: Buffer) -> ItimerEntry {
     let word = |at| outcome.word(value, at);
-    ItimerEntry { isec: word(0), iusec: word(8), vsec: word(16), vusec: word(24) }
+    ItimerEntry {
+        isec: word(0),
+        iusec: word(8),
+        vsec: word(16),
+        vusec: word(24),
+    }
 }
 
 /// `/proc/PID/timers` (proc(5)): `ID: 1`, `signal: 10/0x…`, `notify: signal/pid.12`, `ClockID: 0`.
@@ -116,9 +137,14 @@ fn parse_list(text: &[u8]) -> Result<Vec<PosixTimerEntry>> {
     let mut timers: Vec<PosixTimerEntry> = Vec::new();
     for line in text.lines() {
         let bad = || Error::new("parse timers").because(format!("unexpected line {line:?}"));
-        let Some((name, value)) = line.split_once(": ") else { continue };
+        let Some((name, value)) = line.split_once(": ") else {
+            continue;
+        };
         if name == "ID" {
-            timers.push(PosixTimerEntry { it_id: value.trim().parse().map_err(|_| bad())?, ..Default::default() });
+            timers.push(PosixTimerEntry {
+                it_id: value.trim().parse().map_err(|_| bad())?,
+                ..Default::default()
+            });
             continue;
         }
         let Some(timer) = timers.last_mut() else { continue };
@@ -158,7 +184,10 @@ mod tests {
     fn the_list_of_the_kernel_is_understood() {
         let text = b"ID: 3\nsignal: 34/0000000000001234\nnotify: signal/tid.77\nClockID: 1\nID: 5\nsignal: 0/0000000000000000\nnotify: none/pid.7\nClockID: -6\n";
         let timers = parse_list(text).unwrap();
-        assert_eq!((timers[0].it_id, timers[0].si_signo, timers[0].sival_ptr), (3, 34, 0x1234));
+        assert_eq!(
+            (timers[0].it_id, timers[0].si_signo, timers[0].sival_ptr),
+            (3, 34, 0x1234)
+        );
         assert_eq!((timers[0].it_sigev_notify, timers[0].notify_thread_id), (4, Some(77)));
         assert_eq!((timers[1].it_sigev_notify, timers[1].clock_id as i32), (1, -6));
     }
