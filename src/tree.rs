@@ -136,7 +136,8 @@ impl Tree {
             }
         }
         for task in self.tasks {
-            for thread in task.threads {
+            // The leader's death is told only when those of the other threads have been taken note of.
+            for thread in task.threads.into_iter().rev() {
                 let Some(stopped) = thread.stopped else { continue };
                 let tid = stopped.tid();
                 std::mem::forget(stopped);

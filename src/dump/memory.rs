@@ -24,6 +24,15 @@ pub struct Amount {
     pub pages_in_parent: u64,
 }
 
+impl Amount {
+    /// Adds another task's.
+    pub fn add(&mut self, other: Amount) {
+        self.pages_scanned += other.pages_scanned;
+        self.pages_written += other.pages_written;
+        self.pages_in_parent += other.pages_in_parent;
+    }
+}
+
 /// Which pages of a task go to the sink, and which the parent dump has.
 pub struct Selection {
     /// Runs to store.

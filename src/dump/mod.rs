@@ -8,8 +8,8 @@ pub mod memory;
 
 use std::time::{Duration, Instant};
 
-use crate::error::Result;
-use crate::tree::Tree;
+use crate::error::{Context, Result};
+use crate::tree::{Tree, TreeImage};
 
 pub use collect::{Collected, Prepared};
 
@@ -87,4 +87,77 @@ pub fn freeze(root: i32, prepared: Prepared, options: &Options) -> Result<Frozen
         times,
         since,
     })
+}
+
+/// What becomes of the tree when it has been dumped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Afterwards {
+    /// It is killed: it goes on where it is restored.
+    Kill,
+    /// It goes on (`--leave-running`).
+    Resume,
+    /// It stays, stopped by SIGSTOP (`--leave-stopped`).
+    Stop,
+}
+
+/// What a dump did.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Summary {
+    /// How long its parts took.
+    pub times: Times,
+    /// How much memory it carried.
+    pub amount: memory::Amount,
+}
+
+/// Dumps the tree of `root` into an image set.
+///
+/// # Errors
+/// When something cannot be carried or written; the tree goes on, and what was written is of no use.
+pub fn to_store(
+    root: i32,
+    store: std::sync::Arc<dyn whimbrel_images::store::ImageStore>,
+    options: &Options,
+    afterwards: Afterwards,
+) -> Result<Summary> {
+    use whimbrel_images::sink::DirPageSink;
+    let prepared = Prepared::look(root)?;
+    let mut frozen = freeze(root, prepared, options)?;
+    frozen.collected.check_files(&*store, options)?;
+    let started = Instant::now();
+    let files = frozen.collected.dump_files(&*store, options)?;
+    frozen.times.files = started.elapsed();
+
+    let started = Instant::now();
+    let mut sink = DirPageSink::new(store.clone());
+    let mut amount = memory::Amount::default();
+    for task in &frozen.collected.memory {
+        let (pages, selection) = memory::select_all(task)?;
+        sink.begin(task.object).context("store memory")?;
+        amount.add(memory::write(task, &pages, &selection, &mut sink)?);
+    }
+    frozen.collected.segments.dump(&mut sink)?;
+    sink.finish().context("store memory")?;
+    frozen.times.memory = started.elapsed();
+
+    let tasks = std::mem::take(&mut frozen.collected.tasks);
+    let inventory = TreeImage::new_inventory(&tasks.first().map(|task| task.ids.clone()).unwrap_or_default());
+    TreeImage {
+        inventory,
+        tasks,
+        files,
+    }
+    .save(&*store)?;
+    let mut times = frozen.times;
+    times.frozen = frozen.since.elapsed();
+    match afterwards {
+        Afterwards::Kill => frozen.tree.kill()?,
+        Afterwards::Resume => frozen.tree.resume()?,
+        Afterwards::Stop => {
+            for task in frozen.tree.living() {
+                crate::kernel::sys::kill(task.pid, libc::SIGSTOP).context("stop")?;
+            }
+            frozen.tree.resume()?;
+        }
+    }
+    Ok(Summary { times, amount })
 }

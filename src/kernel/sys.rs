@@ -179,3 +179,12 @@ pub fn set_owner_ex(fd: BorrowedFd<'_>, kind: i32, pid: i32) -> io::Result<()> {
     }))
     .map(drop)
 }
+
+/// `kill(2)`.
+///
+/// # Errors
+/// ESRCH when there is no such process.
+pub fn kill(pid: i32, signal: i32) -> io::Result<()> {
+    // SAFETY: no pointers.
+    check(i64::from(unsafe { libc::kill(pid, signal) })).map(drop)
+}

@@ -12,4 +12,5 @@ pub mod tracee;
 pub use inject::{Channel, Gadgets, StubProcess};
 pub use memory::{RemoteAddr, RemoteMemory};
 pub use program::{Arg, Buffer, CallId, Expect, Outcome, Program};
+pub use seed::{Arena, Newborn, Puppet};
 pub use tracee::{Running, StopReason, Stopped, Waited};

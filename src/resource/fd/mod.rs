@@ -183,7 +183,22 @@ pub struct FileRestore<'a> {
     pub held: HashMap<(FdTypes, u64), OwnedFd>,
 }
 
-impl FileRestore<'_> {
+impl<'a> FileRestore<'a> {
+    /// Nothing restored yet.
+    pub fn new(
+        store: &'a dyn ImageStore,
+        options: &'a crate::restore::Options,
+        entries: &'a BTreeMap<u32, FileEntry>,
+    ) -> Self {
+        FileRestore {
+            store,
+            options,
+            entries,
+            opened: BTreeMap::new(),
+            held: HashMap::new(),
+        }
+    }
+
     /// Leaves a file for the entry that will ask for it.
     pub fn hold(&mut self, kind: FdTypes, key: u64, file: OwnedFd) {
         self.held.insert((kind, key), file);
@@ -202,13 +217,13 @@ impl FileRestore<'_> {
     }
 }
 
-/// Opens all files of the tree in the controller.
+/// Opens the files of the tree that are `wanted` (by a descriptor) in the controller.
 ///
 /// # Errors
 /// When one cannot be made, named by its entry.
-pub fn open_all(restore: &mut FileRestore<'_>) -> Result<()> {
+pub fn open_all(restore: &mut FileRestore<'_>, wanted: &dyn Fn(u32) -> bool) -> Result<()> {
     let entries = restore.entries;
-    for (&id, entry) in entries {
+    for (&id, entry) in entries.iter().filter(|(id, _)| wanted(**id)) {
         let kind = kind_of(entry)?;
         let file = kind
             .open(entry, restore)

@@ -67,8 +67,8 @@ pub fn describe(mapping: &Mapping, brk: (u64, u64)) -> Result<(VmaEntry, Backing
         } as u32,
         status: status::REGULAR,
         fd: -1,
-        madv: None,
-        fdflags: None,
+        accounted: Some(mapping.has(b"ac")),
+        ..VmaEntry::default()
     };
     let anonymous = libc::MAP_ANONYMOUS as u32;
     let name = &mapping.name[..];
@@ -120,6 +120,11 @@ pub fn describe(mapping: &Mapping, brk: (u64, u64)) -> Result<(VmaEntry, Backing
     };
     match backing {
         Backing::Anonymous => {
+            let given = mapping
+                .name
+                .strip_prefix(b"[anon:")
+                .and_then(|name| name.strip_suffix(b"]"));
+            entry.anon_name = given.map(<[u8]>::to_vec);
             (entry.flags, entry.pgoff) = (entry.flags | anonymous, 0);
             if mapping.start < brk.1 && mapping.end > brk.0 && brk.0 < brk.1 {
                 entry.status |= status::HEAP;
@@ -180,6 +185,13 @@ pub fn validate(vmas: &[VmaEntry]) -> Result<()> {
     Ok(())
 }
 
+/// Must a mapping be writable while it gets its contents? It was so at the source, which its accounting shows; images of
+/// others do not say it, there the presence of pages does.
+pub fn needs_write(vma: &VmaEntry, has_pages: bool) -> bool {
+    let private = vma.flags & libc::MAP_PRIVATE as u32 != 0;
+    private && vma.prot & libc::PROT_WRITE as u32 == 0 && !is_kernel_made(vma) && vma.accounted.unwrap_or(has_pages)
+}
+
 /// Adds the call that maps a VMA. `writable` maps it writable whatever its protection, for its contents; `file` is the
 /// descriptor of its file in the task.
 pub fn map(program: &mut Program, vma: &VmaEntry, writable: bool, file: Option<Arg>) {
@@ -227,6 +239,15 @@ pub fn settle(program: &mut Program, vma: &VmaEntry, writable: bool) {
             // Advice that this kernel does not know (KSM, huge pages) is advice.
             program.try_call(libc::SYS_madvise, &[start, length, bit.into()]);
         }
+    }
+    if let Some(name) = &vma.anon_name {
+        const PR_SET_VMA: i32 = 0x5356_4d41;
+        let name = program.string(name);
+        // Kernels without CONFIG_ANON_VMA_NAME do not show names either.
+        program.try_call(
+            libc::SYS_prctl,
+            &[PR_SET_VMA.into(), 0.into(), start, length, name.into()],
+        );
     }
     if vma.flags & libc::MAP_LOCKED as u32 != 0 {
         program.call(

@@ -1,0 +1,426 @@
+//! A tree under construction: its tasks, and handing them descriptors.
+
+use std::collections::BTreeMap;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use whimbrel_images::proto::PstreeEntry;
+
+use super::Options;
+use crate::error::{Context, Error, Result};
+use crate::procfs::maps;
+use crate::remote::seed::{self, ARENA_SIZE};
+use crate::remote::{Arena, Arg, Newborn, Program, Puppet, RemoteAddr};
+use crate::resource::mem::mapping;
+use crate::tree::{TaskImage, TreeImage};
+
+/// Room behind the arena for moving the vdso about.
+pub(super) const SPARE: u64 = 4 << 20;
+/// Descriptors in one message: the kernel's SCM_MAX_FD.
+const MAX_DESCRIPTORS: usize = 253;
+
+/// The shape of a tree: what must be known to create its tasks.
+#[derive(Clone, Debug, Default)]
+pub struct Skeleton {
+    /// Ids of all tasks, parents first, with whether each is a zombie.
+    pub tasks: Vec<(PstreeEntry, bool)>,
+    /// Address ranges that any of them uses.
+    pub ranges: Vec<(u64, u64)>,
+    /// The highest descriptor that any of them uses.
+    pub highest_descriptor: u32,
+}
+
+impl Skeleton {
+    /// Of a whole image.
+    pub fn of(image: &TreeImage) -> Skeleton {
+        let ranges = |task: &TaskImage| task.mm.vmas.iter().map(|vma| (vma.start, vma.end)).collect::<Vec<_>>();
+        Skeleton {
+            tasks: image
+                .tasks
+                .iter()
+                .map(|task| (task.entry.clone(), task.is_zombie()))
+                .collect(),
+            ranges: image.tasks.iter().flat_map(ranges).collect(),
+            highest_descriptor: image
+                .tasks
+                .iter()
+                .flat_map(|task| &task.fds)
+                .map(|fd| fd.fd)
+                .max()
+                .unwrap_or(0),
+        }
+    }
+}
+
+/// A task under construction.
+pub(super) struct TaskBuild {
+    /// Its leader.
+    pub leader: Puppet,
+    /// Its other threads, by id in its pid namespace.
+    pub threads: BTreeMap<u32, Puppet>,
+}
+
+/// A tree under construction. Dropping it removes everything that was made.
+pub struct Build {
+    pub(super) options: Options,
+    pub(super) arena: Arena,
+    pub(super) tasks: BTreeMap<u32, TaskBuild>,
+    pub(super) root: u32,
+    /// Our end of the channel on which tasks get descriptors.
+    channel: OwnedFd,
+    /// Its number in every task, above all of the tree's own; numbers after it are ours, too.
+    pub(super) control: i32,
+    pub(super) segments: super::memory::Segments,
+    /// Process ids in our namespace, for removal; empty once the tree runs.
+    pids: Vec<i32>,
+}
+
+impl Build {
+    /// Creates the tasks of a tree, stopped and empty, with their ids, parents, sessions and groups.
+    ///
+    /// # Errors
+    /// When a pid is taken or a task cannot be made; what was made is removed.
+    pub fn tasks(skeleton: &Skeleton, options: Options) -> Result<Build> {
+        let (entry, _) = skeleton
+            .tasks
+            .first()
+            .ok_or_else(|| Error::new("restore").because("the tree has no task"))?;
+        let root = entry.pid;
+        raise_descriptor_limit();
+        let control = (skeleton.highest_descriptor as i32 + 1).max(512);
+        let (channel, remote) = seed::descriptor_channel()?;
+        let mut leader = Puppet::spawn(Some(root as i32), &[(remote.as_fd(), control)])?;
+        let mut pids = vec![leader.tid()];
+
+        let mut ranges = skeleton.ranges.clone();
+        let seed_maps = maps::parse(&crate::procfs::read(leader.tid(), "maps")?)?;
+        ranges.extend(seed_maps.iter().map(|m| (m.start, m.end)));
+        let arena = maps::largest_gap(&mut ranges, ARENA_SIZE + SPARE)
+            .map(|at| Arena(RemoteAddr(at)))
+            .ok_or_else(|| Error::new("find room for the arena").because("the tree's address spaces are full"))?;
+        leader.clear(arena)?;
+        // Descriptors of ours that came along, stdio included.
+        let mut program = Program::new();
+        program.call(
+            "close descriptors",
+            libc::SYS_close_range,
+            &[0.into(), (control - 1).into(), 0.into()],
+        );
+        program.call(
+            "close descriptors",
+            libc::SYS_close_range,
+            &[(control + 1).into(), u32::MAX.into(), 0.into()],
+        );
+        leader.run(arena, &program)?;
+
+        let mut build = Build {
+            options,
+            arena,
+            tasks: BTreeMap::from([(
+                root,
+                TaskBuild {
+                    leader,
+                    threads: BTreeMap::new(),
+                },
+            )]),
+            root,
+            channel,
+            control,
+            segments: Default::default(),
+            pids: Vec::new(),
+        };
+        build.pids.append(&mut pids);
+        build.create_descendants(skeleton)?;
+        build.form_groups(skeleton)?;
+        Ok(build)
+    }
+
+    /// The root's process id in our pid namespace.
+    pub fn root_pid(&self) -> Option<i32> {
+        self.tasks.get(&self.root).map(|task| task.leader.tid())
+    }
+
+    /// Creates all tasks but the root. A session leader makes its session after the children that are not in it.
+    fn create_descendants(&mut self, skeleton: &Skeleton) -> Result<()> {
+        for (entry, zombie) in &skeleton.tasks {
+            let outside = !skeleton.tasks.iter().any(|(other, _)| other.pid == entry.sid);
+            if entry.ppid == 0 {
+                if entry.sid != entry.pid && outside && self.options.new_session {
+                    self.new_session(entry.pid)?;
+                }
+            }
+            if *zombie && entry.ppid == 0 {
+                return Err(Error::new("restore")
+                    .task(entry.pid as i32)
+                    .because("the root of the tree is a zombie"));
+            }
+            let leads = entry.sid == entry.pid && !zombie;
+            let children = || {
+                skeleton
+                    .tasks
+                    .iter()
+                    .map(|(child, _)| child)
+                    .filter(|child| child.ppid == entry.pid)
+            };
+            let inside = |child: &&PstreeEntry| child.sid == entry.sid || child.sid == child.pid || !leads;
+            for child in children().filter(|child| !inside(child)) {
+                self.fork(entry.pid, child.pid)?;
+            }
+            if leads {
+                self.new_session(entry.pid)?;
+            }
+            for child in children().filter(inside) {
+                self.fork(entry.pid, child.pid)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn new_session(&mut self, pid: u32) -> Result<()> {
+        let mut program = Program::new();
+        program.call("make a session", libc::SYS_setsid, &[]);
+        self.run(pid, &program).map(drop)
+    }
+
+    fn fork(&mut self, parent: u32, child: u32) -> Result<()> {
+        let (mut program, mut newborn) = (Program::new(), Newborn::new());
+        clone_into(
+            &mut program,
+            child,
+            libc::SIGCHLD as u64,
+            0,
+            &format!("create task {child}"),
+        );
+        let arena = self.arena;
+        self.task(parent)?
+            .leader
+            .run_with_children(arena, &program, &mut newborn)
+            .map_err(|error| explain_pid(error, child))?;
+        let (_, leader) = newborn
+            .into_iter()
+            .next()
+            .ok_or_else(|| Error::new("create a task").because("it did not appear"))?;
+        self.pids.push(leader.tid());
+        self.tasks.insert(
+            child,
+            TaskBuild {
+                leader,
+                threads: BTreeMap::new(),
+            },
+        );
+        Ok(())
+    }
+
+    /// Puts tasks into their process groups. A group whose leader is gone is led by a helper for that moment.
+    fn form_groups(&mut self, skeleton: &Skeleton) -> Result<()> {
+        let exists = |pid: u32| skeleton.tasks.iter().any(|(entry, _)| entry.pid == pid);
+        let groups = skeleton
+            .tasks
+            .iter()
+            .map(|(entry, _)| (entry.pid, entry.pgid, entry.sid));
+        let (leaders, members): (Vec<_>, Vec<_>) = groups.partition(|&(pid, group, _)| pid == group);
+        for (pid, group, session) in leaders {
+            // A session leader leads its group already.
+            if pid != session {
+                self.join_group(pid, group)?;
+            }
+        }
+        let mut helpers: BTreeMap<u32, Puppet> = BTreeMap::new();
+        for (pid, group, session) in members {
+            let known = exists(group) || helpers.contains_key(&group);
+            if !known && !exists(session) {
+                // A group of the session outside, as of a shell job: the restorer's own group takes its place.
+                continue;
+            }
+            if !known {
+                helpers.insert(group, self.group_helper(pid, group)?);
+            }
+            self.join_group(pid, group)?;
+        }
+        for (_, helper) in helpers {
+            let (tid, mut program) = (helper.tid(), Program::new());
+            program.call("end", libc::SYS_exit_group, &[0.into()]);
+            helper.end(self.arena, &program, None)?;
+            self.pids.retain(|&pid| pid != tid);
+        }
+        Ok(())
+    }
+
+    fn join_group(&mut self, pid: u32, group: u32) -> Result<()> {
+        let mut program = Program::new();
+        program.call(
+            format!("join process group {group}"),
+            libc::SYS_setpgid,
+            &[0.into(), group.into()],
+        );
+        self.run(pid, &program).map(drop)
+    }
+
+    /// A child of `member`, in its session, that leads `group`. Without an exit signal it vanishes unseen.
+    fn group_helper(&mut self, member: u32, group: u32) -> Result<Puppet> {
+        let (mut program, mut newborn, arena) = (Program::new(), Newborn::new(), self.arena);
+        clone_into(
+            &mut program,
+            group,
+            0,
+            0,
+            &format!("create a stand-in for the leader of process group {group}"),
+        );
+        self.task(member)?
+            .leader
+            .run_with_children(arena, &program, &mut newborn)
+            .map_err(|error| explain_pid(error, group))?;
+        let (_, mut helper) = newborn
+            .into_iter()
+            .next()
+            .ok_or_else(|| Error::new("create a task").because("it did not appear"))?;
+        self.pids.push(helper.tid());
+        let mut program = Program::new();
+        program.call("lead a process group", libc::SYS_setpgid, &[0.into(), 0.into()]);
+        helper.run(arena, &program)?;
+        Ok(helper)
+    }
+
+    pub(super) fn task(&mut self, pid: u32) -> Result<&mut TaskBuild> {
+        self.tasks.get_mut(&pid).ok_or_else(|| {
+            Error::new("restore")
+                .task(pid as i32)
+                .because("there is no such task in the tree")
+        })
+    }
+
+    /// Runs a program in the leader of a task.
+    pub(super) fn run(&mut self, pid: u32, program: &Program) -> Result<crate::remote::Outcome> {
+        let arena = self.arena;
+        self.task(pid)?
+            .leader
+            .run(arena, program)
+            .map_err(|error| error.task(pid as i32))
+    }
+
+    /// Hands descriptors to a task: sends them, and adds the call that receives them to `program`. The arguments that
+    /// come back are their numbers there: the lowest that are free.
+    ///
+    /// # Errors
+    /// For more than 253 at once, or when they cannot be sent.
+    pub(super) fn hand(&self, program: &mut Program, files: &[BorrowedFd<'_>]) -> Result<Vec<Arg>> {
+        use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
+        if files.len() > MAX_DESCRIPTORS {
+            return Err(Error::new("hand over descriptors").because("too many at once"));
+        }
+        let mut space = vec![std::mem::MaybeUninit::uninit(); 64 + 4 * MAX_DESCRIPTORS];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        control.push(SendAncillaryMessage::ScmRights(files));
+        let iov = [std::io::IoSlice::new(b"d")];
+        rustix::net::sendmsg(&self.channel, &iov, &mut control, SendFlags::empty())
+            .map_err(std::io::Error::from)
+            .context("hand over descriptors")?;
+
+        // struct msghdr with one iovec and room for the control message: a 16-byte header, then the numbers.
+        let length = 16 + 4 * files.len();
+        let room = program.reserve(length.next_multiple_of(8));
+        let byte = program.reserve(8);
+        let mut vector = vec![0u8; 16];
+        vector[8..16].copy_from_slice(&1u64.to_le_bytes());
+        let vector = program.data(&vector);
+        program.store_address(vector, 0, byte);
+        let mut header = vec![0u8; 56];
+        header[24..32].copy_from_slice(&1u64.to_le_bytes());
+        header[40..48].copy_from_slice(&(length.next_multiple_of(8) as u64).to_le_bytes());
+        let header = program.data(&header);
+        program.store_address(header, 16, vector);
+        program.store_address(header, 32, room);
+        let args = [self.control.into(), header.into(), libc::MSG_CMSG_CLOEXEC.into()];
+        program.call_expecting(
+            "receive descriptors",
+            crate::remote::Expect::Exactly(1),
+            libc::SYS_recvmsg,
+            &args,
+        );
+        Ok((0..files.len()).map(|index| Arg::Int(room, 16 + 4 * index)).collect())
+    }
+
+    /// Largest number of descriptors for one [`Build::hand`].
+    pub(super) const HAND: usize = MAX_DESCRIPTORS;
+
+    /// Lets everything run. From here on the tree is on its own.
+    ///
+    /// # Errors
+    /// When a task died before.
+    pub(super) fn release(mut self) -> Result<()> {
+        self.pids.clear();
+        let mut first = Ok(());
+        for (_, task) in std::mem::take(&mut self.tasks) {
+            for (_, thread) in task.threads {
+                let result = thread.release();
+                first = first.and(result);
+            }
+            let result = task.leader.release();
+            first = first.and(result);
+        }
+        first
+    }
+
+    /// Remembers that a process of the tree has ended as it should (a zombie).
+    pub(super) fn ended(&mut self, pid: u32) -> Option<TaskBuild> {
+        let task = self.tasks.remove(&pid)?;
+        self.pids.retain(|&other| other != task.leader.tid());
+        Some(task)
+    }
+}
+
+impl Drop for Build {
+    fn drop(&mut self) {
+        for &pid in &self.pids {
+            if let Some(pid) = rustix::process::Pid::from_raw(pid) {
+                let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+            }
+        }
+        // The puppets wait for their deaths.
+    }
+}
+
+/// Adds a clone3(2) that makes a task or thread with a chosen id.
+pub(super) fn clone_into(program: &mut Program, id: u32, exit_signal: u64, flags: u64, what: &str) {
+    let tid = program.data(&id.to_le_bytes());
+    let mut args = vec![0u8; 88];
+    args[0..8].copy_from_slice(&flags.to_le_bytes());
+    args[32..40].copy_from_slice(&exit_signal.to_le_bytes());
+    args[72..80].copy_from_slice(&1u64.to_le_bytes());
+    let args = program.data(&args);
+    program.store_address(args, 64, tid);
+    program.call(what, libc::SYS_clone3, &[args.into(), 88.into()]);
+}
+
+fn explain_pid(error: Error, pid: u32) -> Error {
+    match error.errno() {
+        Some(libc::EEXIST) => Error::new("create a task")
+            .object(format!("pid {pid}"))
+            .hint(format!(
+                "pid {pid} is in use here: end that process, or restore in a new pid namespace"
+            ))
+            .because(error),
+        Some(libc::EPERM) => error.hint("choosing a pid needs root, or CAP_CHECKPOINT_RESTORE"),
+        _ => error,
+    }
+}
+
+/// Our channel lies above the tree's descriptors: the soft limit must not be in the way.
+fn raise_descriptor_limit() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    let _ = setrlimit(
+        Resource::Nofile,
+        Rlimit {
+            current: limit.maximum,
+            maximum: limit.maximum,
+        },
+    );
+}
+
+/// Checks an image before anything is made from it.
+///
+/// # Errors
+/// When its mappings are not what mappings can be.
+pub fn validate(image: &TreeImage) -> Result<()> {
+    image.tasks.iter().try_for_each(|task| mapping::validate(&task.mm.vmas))
+}

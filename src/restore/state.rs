@@ -1,0 +1,600 @@
+//! Everything of a tree but tasks and memory: descriptors, per-process and per-thread state, and the last moment.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::os::fd::{AsFd, OwnedFd};
+
+use whimbrel_images::proto::CoreEntry;
+use whimbrel_images::store::ImageStore;
+
+use super::build::{TaskBuild, clone_into};
+use super::memory::Plan;
+use super::{Build, MemorySink};
+use crate::arch;
+use crate::error::{Context, Error, Result};
+use crate::procfs::maps;
+use crate::remote::{Arg, Newborn, Program, Puppet, RemoteAddr, RemoteMemory};
+use crate::resource::fd::{self, FileRestore, regular};
+use crate::resource::mem::{bounds, mapping, mapping::status};
+use crate::resource::{Stage, TASK_KINDS};
+use crate::tree::{TaskImage, TreeImage, task_state};
+
+/// A tree that is whole and waits for its last step.
+pub struct Ready<'a> {
+    build: Build,
+    image: &'a TreeImage,
+    files: FileRestore<'a>,
+}
+
+impl Build {
+    /// Opens the files that tasks map, execute, or stand in.
+    ///
+    /// # Errors
+    /// When one is missing or another.
+    pub fn open_path_files(&self, image: &TreeImage, restore: &mut FileRestore<'_>) -> Result<HashMap<u64, OwnedFd>> {
+        let mut wanted: BTreeMap<u32, u32> = BTreeMap::new();
+        for task in image.tasks.iter().filter(|task| !task.is_zombie()) {
+            for vma in task
+                .mm
+                .vmas
+                .iter()
+                .filter(|vma| vma.status & (status::FILE_PRIVATE | status::FILE_SHARED) != 0)
+            {
+                if vma.status & status::MEMFD == 0 {
+                    wanted.insert(vma.shmid as u32, vma.fdflags.unwrap_or(libc::O_RDONLY as u32));
+                }
+            }
+            wanted.insert(task.mm.exe_file_id, libc::O_RDONLY as u32);
+            wanted.insert(task.fs.cwd_id, libc::O_PATH as u32);
+            wanted.insert(task.fs.root_id, libc::O_PATH as u32);
+        }
+        let mut files = HashMap::new();
+        for (id, flags) in wanted {
+            let entry = image.files.get(&id).and_then(|file| file.reg.as_ref());
+            let entry =
+                entry.ok_or_else(|| Error::new("open a file").because(format!("the image has no file {id}")))?;
+            files.insert(u64::from(id), regular::open_entry(entry, flags, restore)?);
+        }
+        Ok(files)
+    }
+
+    /// Makes all mappings of a task: the vdso in its place, then the rest. `has_pages` tells whether a range has contents.
+    ///
+    /// # Errors
+    /// As [`Build::map`].
+    pub fn map_task(
+        &mut self,
+        task: &TaskImage,
+        files: &HashMap<u64, OwnedFd>,
+        their_vdso: Option<&[u8]>,
+        already: &HashSet<(u64, u64)>,
+        has_pages: &dyn Fn(u64, u64) -> bool,
+    ) -> Result<Vec<(u64, Vec<u8>)>> {
+        let pid = task.entry.pid;
+        let vdso = self.place_vdso(pid, &task.mm.vmas, their_vdso)?;
+        let make = |vma: &&whimbrel_images::proto::VmaEntry| {
+            let code = vdso.keep_image && vma.status & status::VDSO != 0;
+            (!mapping::is_kernel_made(vma) || code) && !already.contains(&(vma.start, vma.end))
+        };
+        let plans: Vec<Plan<'_>> = task
+            .mm
+            .vmas
+            .iter()
+            .filter(make)
+            .map(|vma| {
+                let code = vma.status & status::VDSO != 0;
+                Plan {
+                    vma,
+                    writable: code || mapping::needs_write(vma, has_pages(vma.start, vma.end)),
+                }
+            })
+            .collect();
+        self.map(pid, &plans, files)?;
+        Ok(vdso.patches)
+    }
+
+    /// Sets protections and advice when the contents are there.
+    ///
+    /// # Errors
+    /// When the kernel refuses one.
+    pub fn settle_task(&mut self, task: &TaskImage, has_pages: &dyn Fn(u64, u64) -> bool) -> Result<()> {
+        let mut program = Program::new();
+        for vma in task.mm.vmas.iter().filter(|vma| !mapping::is_kernel_made(vma)) {
+            mapping::settle(
+                &mut program,
+                vma,
+                mapping::needs_write(vma, has_pages(vma.start, vma.end)),
+            );
+        }
+        self.run(task.entry.pid, &program).map(drop)
+    }
+
+    /// Restores everything else and leaves the tree at its last step.
+    ///
+    /// # Errors
+    /// When any of it cannot be restored; the tree is removed.
+    pub fn complete<'a>(
+        mut self,
+        image: &'a TreeImage,
+        mut files: FileRestore<'a>,
+        paths: &HashMap<u64, OwnedFd>,
+    ) -> Result<Ready<'a>> {
+        let on_paths: HashSet<u32> = paths.keys().map(|&id| id as u32).collect();
+        let by_descriptor: HashSet<u32> = image.tasks.iter().flat_map(|task| &task.fds).map(|fd| fd.id).collect();
+        fd::open_all(&mut files, &|id| by_descriptor.contains(&id) || !on_paths.contains(&id))?;
+        for task in image.tasks.iter().filter(|task| !task.is_zombie()) {
+            let pid = task.entry.pid as i32;
+            self.restore_process(task, &files, paths)
+                .map_err(|error| error.task(pid))?;
+        }
+        for task in image.tasks.iter().filter(|task| !task.is_zombie()) {
+            self.restore_threads(task)
+                .map_err(|error| error.task(task.entry.pid as i32))?;
+        }
+        for task in image.tasks.iter().rev().filter(|task| task.is_zombie()) {
+            self.end_zombie(task)?;
+        }
+        for task in image.tasks.iter().filter(|task| !task.is_zombie()) {
+            self.restore_last(task)
+                .map_err(|error| error.task(task.entry.pid as i32))?;
+        }
+        Ok(Ready {
+            build: self,
+            image,
+            files,
+        })
+    }
+
+    fn restore_process(
+        &mut self,
+        task: &TaskImage,
+        files: &FileRestore<'_>,
+        paths: &HashMap<u64, OwnedFd>,
+    ) -> Result<()> {
+        let pid = task.entry.pid;
+        let path = |id: u32| {
+            let file = paths.get(&u64::from(id)).map(AsFd::as_fd);
+            file.ok_or_else(|| Error::new("restore").because(format!("the image has no file {id}")))
+        };
+        // Executable, working directory and root, at numbers of ours.
+        let mut program = Program::new();
+        let handed = self.hand(
+            &mut program,
+            &[
+                path(task.mm.exe_file_id)?,
+                path(task.fs.cwd_id)?,
+                path(task.fs.root_id)?,
+            ],
+        )?;
+        let executable = self.control + 1;
+        program.call(
+            "place a descriptor",
+            libc::SYS_dup3,
+            &[handed[0], executable.into(), libc::O_CLOEXEC.into()],
+        );
+        bounds::restore(&mut program, &task.mm, executable);
+        if !is_root(path(task.fs.root_id)?)? {
+            program.call("enter the root directory", libc::SYS_fchdir, &[handed[2]]);
+            let dot = program.string(b".");
+            program.call("change the root directory", libc::SYS_chroot, &[dot.into()]);
+        }
+        program.call("enter the working directory", libc::SYS_fchdir, &[handed[1]]);
+        program.call(
+            "set the umask",
+            libc::SYS_umask,
+            &[task.fs.umask.unwrap_or(0o22).into()],
+        );
+        for descriptor in handed {
+            program.call("close a descriptor", libc::SYS_close, &[descriptor]);
+        }
+        program.call("close a descriptor", libc::SYS_close, &[executable.into()]);
+        self.run(pid, &program)?;
+
+        self.install_descriptors(task, files)?;
+        let mut program = Program::new();
+        let mut seen = HashSet::new();
+        for descriptor in &task.fds {
+            let entry = files.entries.get(&descriptor.id);
+            let entry = entry.ok_or_else(|| {
+                Error::new("restore a descriptor").because(format!("the image has no file {}", descriptor.id))
+            })?;
+            if seen.insert(descriptor.id) {
+                fd::kind_of(entry)?.install(entry, descriptor.fd, &mut program)?;
+            }
+        }
+        for kind in TASK_KINDS {
+            kind.restore(Stage::Process, &task.cores[0], true, &mut program)
+                .map_err(|error| error.object(kind.name()))?;
+        }
+        self.run(pid, &program).map(drop)
+    }
+
+    fn install_descriptors(&mut self, task: &TaskImage, files: &FileRestore<'_>) -> Result<()> {
+        for chunk in task.fds.chunks(Build::HAND) {
+            let handles = chunk
+                .iter()
+                .map(|descriptor| {
+                    let file = files.opened.get(&descriptor.id).map(AsFd::as_fd);
+                    file.ok_or_else(|| {
+                        Error::new("restore a descriptor")
+                            .object(format!("fd {}", descriptor.fd))
+                            .because("its file was not made")
+                    })
+                })
+                .collect::<Result<Vec<_>>>()?;
+            let mut program = Program::new();
+            // They arrive at the lowest free numbers, which may be wanted by others: first out of the way.
+            let arrived = self.hand(&mut program, &handles)?;
+            let aside = self.control + 1;
+            for (index, descriptor) in arrived.iter().enumerate() {
+                let to = Arg::from(aside + index as i32);
+                program.call(
+                    "move a descriptor",
+                    libc::SYS_dup3,
+                    &[*descriptor, to, libc::O_CLOEXEC.into()],
+                );
+                program.call("close a descriptor", libc::SYS_close, &[*descriptor]);
+            }
+            for (index, descriptor) in chunk.iter().enumerate() {
+                let flags = if descriptor.flags & libc::FD_CLOEXEC as u32 != 0 {
+                    libc::O_CLOEXEC
+                } else {
+                    0
+                };
+                let from = Arg::from(aside + index as i32);
+                let what = format!("install fd {}", descriptor.fd);
+                program.call(what, libc::SYS_dup3, &[from, descriptor.fd.into(), flags.into()]);
+            }
+            let last = aside + chunk.len() as i32 - 1;
+            program.call(
+                "close descriptors",
+                libc::SYS_close_range,
+                &[aside.into(), last.into(), 0.into()],
+            );
+            self.run(task.entry.pid, &program)?;
+        }
+        Ok(())
+    }
+
+    fn restore_threads(&mut self, task: &TaskImage) -> Result<()> {
+        const FLAGS: i32 = libc::CLONE_VM
+            | libc::CLONE_FS
+            | libc::CLONE_FILES
+            | libc::CLONE_SIGHAND
+            | libc::CLONE_THREAD
+            | libc::CLONE_SYSVSEM;
+        let (pid, arena) = (task.entry.pid, self.arena);
+        for &tid in &task.entry.threads[1..] {
+            let (mut program, mut newborn) = (Program::new(), Newborn::new());
+            clone_into(&mut program, tid, 0, FLAGS as u64, &format!("create thread {tid}"));
+            let build = self.task(pid)?;
+            build.leader.run_with_children(arena, &program, &mut newborn)?;
+            let (_, thread) = newborn
+                .into_iter()
+                .next()
+                .ok_or_else(|| Error::new("create a thread").because("it did not appear"))?;
+            build.threads.insert(tid, thread);
+        }
+        self.in_each_thread(task, Stage::Thread)
+    }
+
+    fn restore_last(&mut self, task: &TaskImage) -> Result<()> {
+        let pid = task.entry.pid;
+        // Signals that are queued from here on stay pending until the tree runs.
+        let build = self.task(pid)?;
+        for puppet in std::iter::once(&build.leader).chain(build.threads.values()) {
+            puppet.stopped()?.set_signal_mask(u64::MAX)?;
+        }
+        self.in_each_thread(task, Stage::Final)
+    }
+
+    fn in_each_thread(&mut self, task: &TaskImage, stage: Stage) -> Result<()> {
+        let (arena, control) = (self.arena, self.control);
+        for (&tid, core) in task.entry.threads.iter().zip(&task.cores) {
+            let leader = tid == task.entry.pid;
+            let mut program = Program::new();
+            // The leader comes first; its descriptors must be in order before limits are.
+            if leader && stage == Stage::Final {
+                program.call("close our channel", libc::SYS_close, &[control.into()]);
+            }
+            for kind in TASK_KINDS {
+                kind.restore(stage, core, leader, &mut program)
+                    .map_err(|error| error.object(kind.name()))?;
+            }
+            if leader && stage == Stage::Final {
+                bounds::restore_dumpable(&mut program, &task.mm);
+            }
+            let build = self.task(task.entry.pid)?;
+            let puppet = if leader {
+                Some(&mut build.leader)
+            } else {
+                build.threads.get_mut(&tid)
+            };
+            let puppet =
+                puppet.ok_or_else(|| Error::new("restore a thread").because(format!("there is no thread {tid}")))?;
+            puppet.run(arena, &program)?;
+        }
+        Ok(())
+    }
+
+    fn end_zombie(&mut self, task: &TaskImage) -> Result<()> {
+        let arena = self.arena;
+        let tc = task.cores[0].tc.clone().unwrap_or_default();
+        let Some(TaskBuild { leader, .. }) = self.ended(task.entry.pid) else {
+            return Ok(());
+        };
+        let (status, mut program) = (tc.exit_code as i32, Program::new());
+        let name = program.string(tc.comm.as_bytes());
+        program.call(
+            "set the name",
+            libc::SYS_prctl,
+            &[libc::PR_SET_NAME.into(), name.into()],
+        );
+        // The status of wait(2): a signal in the low seven bits, or an exit code above them.
+        let signal = Some(status & 0x7f).filter(|&signal| signal != 0);
+        if signal.is_none() {
+            program.call("end", libc::SYS_exit_group, &[(status >> 8 & 0xff).into()]);
+        } else {
+            // No core file: the death is only repeated.
+            let args = [libc::PR_SET_DUMPABLE.into(), 0.into(), 0.into(), 0.into(), 0.into()];
+            program.call("do not dump core", libc::SYS_prctl, &args);
+        }
+        leader.end(arena, &program, signal)
+    }
+}
+
+impl Ready<'_> {
+    /// The root's process id in our pid namespace.
+    pub fn root_pid(&self) -> Option<i32> {
+        self.build.root_pid()
+    }
+
+    /// Takes what is ours out of every task and gives the threads their registers. Nothing runs yet.
+    ///
+    /// # Errors
+    /// When a task died or cannot take its registers.
+    pub fn arm(&mut self) -> Result<()> {
+        let arena = self.build.arena;
+        for task in self.image.tasks.iter().filter(|task| !task.is_zombie()) {
+            let build = self.build.task(task.entry.pid)?;
+            let failed = |error: Error| error.task(task.entry.pid as i32);
+            arm_task(task, build, arena.0).map_err(failed)?;
+        }
+        Ok(())
+    }
+
+    /// The last step: files are let go (the network must be open by now), and everything runs.
+    ///
+    /// # Errors
+    /// When a file cannot be let go, or a task died.
+    pub fn go(mut self) -> Result<()> {
+        let image = self.image;
+        for (id, entry) in &image.files {
+            if self.files.opened.contains_key(id) {
+                fd::kind_of(entry)?
+                    .resume(entry, &mut self.files)
+                    .map_err(|error| error.object(fd::describe(entry)))?;
+            }
+        }
+        for task in image.tasks.iter().filter(|task| task.state() == task_state::STOPPED) {
+            let leader = self.build.task(task.entry.pid)?.leader.tid();
+            let signal = task.cores[0]
+                .tc
+                .as_ref()
+                .and_then(|tc| tc.stop_signo)
+                .unwrap_or(libc::SIGSTOP as u32);
+            // It is pending when the thread is let go, so that the task stops before it runs.
+            crate::kernel::sys::kill(leader, signal as i32).with(|| Error::new("stop").task(leader))?;
+        }
+        self.build.release()
+    }
+}
+
+fn arm_task(task: &TaskImage, build: &mut TaskBuild, arena: RemoteAddr) -> Result<()> {
+    // The arena is unmapped by an instruction outside of it: of the vdso, or of any text that the task has.
+    let tid = build.leader.tid();
+    let mappings = maps::parse(&crate::procfs::read(tid, "maps")?)?;
+    let memory = RemoteMemory::new(tid);
+    let executable = mappings
+        .iter()
+        .filter(|m| m.prot & libc::PROT_EXEC != 0 && m.start != arena.0);
+    let vdso_first = executable
+        .clone()
+        .filter(|m| m.is_named("[vdso]"))
+        .chain(executable.filter(|m| !m.is_named("[vdso]")));
+    let syscall = vdso_first
+        .filter_map(|mapping| {
+            let text = memory
+                .read_vec(RemoteAddr(mapping.start), mapping.len() as usize)
+                .ok()?;
+            let offset = text.windows(2).position(|window| window == [0x0f, 0x05])?;
+            Some(RemoteAddr(mapping.start + offset as u64))
+        })
+        .next()
+        .ok_or_else(|| Error::new("find a system call instruction").because("the task's text has none"))?;
+    let unmapped = build.leader.borrowed_call(
+        syscall,
+        libc::SYS_munmap,
+        [arena.0, crate::remote::seed::ARENA_SIZE, 0, 0, 0, 0],
+    )?;
+    if unmapped != 0 {
+        return Err(Error::new("unmap the arena").because(std::io::Error::from_raw_os_error(-unmapped as i32)));
+    }
+    for (&tid, core) in task.entry.threads.iter().zip(&task.cores) {
+        let puppet = if tid == task.entry.pid {
+            Some(&build.leader)
+        } else {
+            build.threads.get(&tid)
+        };
+        let puppet =
+            puppet.ok_or_else(|| Error::new("restore a thread").because(format!("there is no thread {tid}")))?;
+        set_registers(puppet, core)?;
+    }
+    Ok(())
+}
+
+fn set_registers(puppet: &Puppet, core: &CoreEntry) -> Result<()> {
+    let info = core
+        .thread_info
+        .as_ref()
+        .ok_or_else(|| Error::new("restore registers").because("the image has none for this architecture"))?;
+    let stopped = puppet.stopped()?;
+    let (registers, xstate) = arch::from_image(info, &stopped.xstate()?)?;
+    stopped.set_registers(&registers.for_restore())?;
+    stopped.set_xstate(&xstate)?;
+    let mask = core.thread_core.as_ref().and_then(|thread| thread.blk_sigset);
+    stopped.set_signal_mask(mask.or_else(|| core.tc.as_ref().map(|tc| tc.blk_sigset)).unwrap_or(0))
+}
+
+fn is_root(directory: std::os::fd::BorrowedFd<'_>) -> Result<bool> {
+    let io = |errno: rustix::io::Errno| std::io::Error::from(errno);
+    let theirs = rustix::fs::fstat(directory)
+        .map_err(io)
+        .context("look at the root directory")?;
+    let ours = rustix::fs::stat("/")
+        .map_err(io)
+        .context("look at the root directory")?;
+    Ok((theirs.st_dev, theirs.st_ino) == (ours.st_dev, ours.st_ino))
+}
+
+/// Restores a tree from an image set whose memory is in `pages`, up to its last step.
+///
+/// # Errors
+/// When any of it cannot be restored; nothing is left.
+pub fn from_directory<'a>(
+    image: &'a TreeImage,
+    store: &'a dyn ImageStore,
+    pages: &whimbrel_images::chain::PageStore,
+    options: &'a super::Options,
+) -> Result<Ready<'a>> {
+    let mut build = Build::tasks(&super::Skeleton::of(image), options.clone())?;
+    build.segments.make(&image.tasks)?;
+    let mut files = FileRestore::new(store, options, &image.files);
+    let paths = build.open_path_files(image, &mut files)?;
+    let has_pages = |pid: u32| {
+        let runs = pages
+            .runs(whimbrel_images::page::MemoryObject::Task(pid))
+            .unwrap_or(&[]);
+        move |start: u64, end: u64| runs.iter().any(|run| run.run.start < end && run.run.end() > start)
+    };
+    let living = || image.tasks.iter().filter(|task| !task.is_zombie());
+    let mut patches = Vec::new();
+    for task in living() {
+        let pid = task.entry.pid;
+        let vdso = vdso_contents(task, pages)?;
+        let made = build
+            .map_task(task, &paths, vdso.as_deref(), &HashSet::new(), &has_pages(pid))
+            .map_err(|error| error.task(pid as i32))?;
+        patches.push((pid, made));
+    }
+    fill(&build.memory_sink()?, pages, image, &patches)?;
+    for (pid, patches) in patches {
+        let tid = build.task(pid)?.leader.tid();
+        patches
+            .iter()
+            .try_for_each(|(at, bytes)| RemoteMemory::new(tid).write_forced(RemoteAddr(*at), bytes))?;
+    }
+    for task in living() {
+        build
+            .settle_task(task, &has_pages(task.entry.pid))
+            .map_err(|error| error.task(task.entry.pid as i32))?;
+    }
+    let mut ready = build.complete(image, files, &paths)?;
+    ready.arm()?;
+    Ok(ready)
+}
+
+/// The code of the vdso that a task was dumped with, where its image has it.
+fn vdso_contents(task: &TaskImage, pages: &whimbrel_images::chain::PageStore) -> Result<Option<Vec<u8>>> {
+    use whimbrel_images::page::{MemoryObject, PAGE_SIZE, PageRun, PageSource, PageState};
+    let Some(vma) = task.mm.vmas.iter().find(|vma| vma.status & status::VDSO != 0) else {
+        return Ok(None);
+    };
+    let run = PageRun {
+        start: vma.start,
+        pages: (vma.end - vma.start) / PAGE_SIZE as u64,
+    };
+    if run.pages > 64 {
+        return Err(Error::new("read the vdso").because("its mapping is too large to be one"));
+    }
+    let mut code = vec![0u8; run.bytes() as usize];
+    let states = pages
+        .read_pages(MemoryObject::Task(task.entry.pid), run, &mut code)
+        .context("read the vdso")?;
+    Ok(states.contains(&PageState::Data).then_some(code))
+}
+
+/// Writes the contents of all memory, in as many threads as there are processors.
+fn fill(
+    sink: &MemorySink,
+    pages: &whimbrel_images::chain::PageStore,
+    image: &TreeImage,
+    patches: &[(u32, Vec<(u64, Vec<u8>)>)],
+) -> Result<()> {
+    use std::os::unix::fs::FileExt;
+    use whimbrel_images::page::{MemoryObject, PAGE_SIZE, PageRun, PageSink};
+    const PART: u64 = 1 << 20;
+    let mut work = Vec::new();
+    for object in pages.objects() {
+        // This kernel's own vdso needs no contents.
+        let vdso = match object {
+            MemoryObject::Task(pid) => {
+                let kept = patches
+                    .iter()
+                    .any(|(other, patches)| *other == pid && !patches.is_empty());
+                let task = image.tasks.iter().find(|task| task.entry.pid == pid);
+                let vma = task.and_then(|task| task.mm.vmas.iter().find(|vma| vma.status & status::VDSO != 0));
+                vma.filter(|_| !kept).map(|vma| (vma.start, vma.end))
+            }
+            MemoryObject::Shmem(_) => None,
+        };
+        for extent in pages.extents(object).context("read pagemaps")? {
+            if vdso.is_some_and(|(start, end)| extent.run.start >= start && extent.run.end() <= end) {
+                continue;
+            }
+            let mut done = 0;
+            while done < extent.run.bytes() {
+                let bytes = (extent.run.bytes() - done).min(PART);
+                let run = PageRun {
+                    start: extent.run.start + done,
+                    pages: bytes / PAGE_SIZE as u64,
+                };
+                work.push((object, run, extent.file.clone(), extent.offset + done));
+                done += bytes;
+            }
+        }
+    }
+    let next = std::sync::atomic::AtomicUsize::new(0);
+    let threads = std::thread::available_parallelism()
+        .map_or(2, usize::from)
+        .min(16)
+        .min(work.len().max(1));
+    std::thread::scope(|scope| {
+        let workers: Vec<_> = (0..threads)
+            .map(|_| {
+                let (work, next) = (&work, &next);
+                let mut sink = sink.try_clone();
+                scope.spawn(move || -> Result<()> {
+                    let sink = sink
+                        .as_mut()
+                        .map_err(|error| Error::new("fill memory").because(error.to_string()))?;
+                    let mut buffer = vec![0u8; PART as usize];
+                    loop {
+                        let index = next.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+                        let Some((object, run, file, offset)) = work.get(index) else {
+                            return Ok(());
+                        };
+                        let failed = || Error::new("fill memory").object(format!("{object:?} {:#x}", run.start));
+                        let bytes = &mut buffer[..run.bytes() as usize];
+                        file.read_exact_at(bytes, *offset).with(failed)?;
+                        sink.write_pages(*object, *run, bytes).with(failed)?;
+                    }
+                })
+            })
+            .collect();
+        workers.into_iter().try_for_each(|worker| {
+            worker
+                .join()
+                .unwrap_or_else(|_| Err(Error::new("fill memory").because("a worker panicked")))
+        })
+    })
+}
