@@ -30,7 +30,7 @@ pub(crate) fn run(shared: &Arc<Shared>, task: &Arc<Task>) {
         shared.faults_active.fetch_add(1, Ordering::Relaxed);
         serve(shared, task, fault);
         shared.faults_active.fetch_sub(1, Ordering::Relaxed);
-        if !shared.config.prefetching() && task.lock().ready.is_empty() {
+        if !shared.config.prefetching() {
             crate::prefetch::around(shared, task, fault.address);
         }
         shared.note_progress(task);

@@ -68,23 +68,21 @@ pub(crate) fn around(shared: &Arc<Shared>, task: &Arc<Task>, address: u64) {
         return;
     }
     let start = address / bytes * bytes;
-    let claim = {
-        let mut state = task.lock();
-        if !state.live() {
-            return;
-        }
-        // Behind the fault first: programs mostly go upwards.
-        let end = start.saturating_add(bytes);
-        state
-            .map
-            .claim(address, end, shared.config.around_pages)
-            .or_else(|| state.map.claim(start, address, shared.config.around_pages))
-    };
-    if let Some(claim) = claim {
+    // Behind the fault first: programs mostly go upwards.
+    for (from, to) in [(address, start.saturating_add(bytes)), (start, address)] {
+        let claim = {
+            let mut state = task.lock();
+            if !state.live() || !state.ready.is_empty() {
+                return;
+            }
+            state.map.claim(from, to, shared.config.around_pages)
+        };
+        let Some(claim) = claim else { continue };
         let mut buffer = vec![0; claim.run.bytes() as usize];
         if fetch(shared, task, &claim, &mut buffer).is_err() {
             // Nobody waits for these pages; a fault will try again.
             add(&shared.stats.source_failures, 1);
+            return;
         }
     }
 }

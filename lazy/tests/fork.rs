@@ -2,6 +2,7 @@
 
 mod common;
 
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -86,8 +87,7 @@ fn a_task_that_ends_is_noticed() {
     }
     let progress = server.progress();
     assert_eq!((progress.gone, progress.active), (1, 1));
-    // SAFETY: unmaps this test's own memory, so that nothing is missing any more.
-    assert_eq!(unsafe { libc::munmap(memory.start as *mut _, memory.bytes()) }, 0);
+    unmap(memory.start, memory.bytes());
     server.wait_complete(SOON).unwrap();
 }
 

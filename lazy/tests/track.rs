@@ -52,11 +52,7 @@ fn a_scan_finds_exactly_the_pages_written_since_the_last() {
         (0..4096).for_each(|page| _ = memory.read(page, 2));
         assert_eq!(dirty(memory, &pagemap, &request), written);
     }
-    // SAFETY: drops one page of this test's own memory.
-    assert_eq!(
-        unsafe { libc::madvise(memory.address(9) as *mut _, PAGE, libc::MADV_DONTNEED) },
-        0
-    );
+    advise(memory.address(9), PAGE, libc::MADV_DONTNEED);
     assert_eq!(
         dirty(memory, &pagemap, &request),
         [9],

@@ -135,6 +135,16 @@ pub fn write(address: u64, value: u64) {
     unsafe { std::ptr::write_volatile(address as *mut u64, value) }
 }
 
+pub fn advise(start: u64, bytes: usize, advice: libc::c_int) {
+    // SAFETY: tests give advice on mappings of their own, which hold no Rust object.
+    assert_eq!(unsafe { libc::madvise(start as *mut libc::c_void, bytes, advice) }, 0);
+}
+
+pub fn unmap(start: u64, bytes: usize) {
+    // SAFETY: tests unmap mappings of their own, which hold no Rust object.
+    assert_eq!(unsafe { libc::munmap(start as *mut libc::c_void, bytes) }, 0);
+}
+
 pub fn uffd() -> Userfault {
     let uffd = Userfault::new(false).expect("userfaultfd");
     let events = Features::EVENT_FORK | Features::EVENT_REMAP | Features::EVENT_REMOVE | Features::EVENT_UNMAP;
