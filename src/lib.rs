@@ -1,1 +1,3 @@
 //! whimbrel moves running Linux processes between hosts.
+
+pub mod kernel;

@@ -28,6 +28,9 @@ const LIVENESS: Duration = Duration::from_millis(500);
 pub(crate) fn run(shared: &Arc<Shared>, task: &Arc<Task>) {
     while let Some(fault) = next(shared, task) {
         shared.faults_active.fetch_add(1, Ordering::Relaxed);
+        if fault.attempt == 0 {
+            add(&shared.stats.faults, 1);
+        }
         serve(shared, task, fault);
         shared.faults_active.fetch_sub(1, Ordering::Relaxed);
         if !shared.config.prefetching() {
@@ -212,7 +215,6 @@ fn fill(
 }
 
 fn answered(shared: &Shared, fault: Fault) {
-    add(&shared.stats.faults, 1);
     shared.stats.latency.record(fault.since.elapsed());
 }
 

@@ -8,7 +8,6 @@
 
 use std::collections::{HashSet, VecDeque};
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -137,7 +136,6 @@ pub(crate) struct Task {
     /// Whoever holds it is the one thread that waits for events.
     pub(crate) token: Mutex<()>,
     state: Mutex<State>,
-    pub(crate) faults: AtomicU64,
 }
 
 impl Task {
@@ -161,7 +159,6 @@ impl Task {
             stop: StopSignal::new()?,
             token,
             state,
-            faults: AtomicU64::new(0),
         })
     }
 
@@ -196,7 +193,6 @@ impl Task {
                     let _ = self.uffd.wake(page, PAGE);
                 }
                 Event::Fault { address, .. } => {
-                    self.faults.fetch_add(1, Ordering::Relaxed);
                     state.ready.push_back(Fault {
                         address: address & !(PAGE - 1),
                         since: now,
