@@ -9,4 +9,8 @@
 //! [`PageSource`](whimbrel_images::page::PageSource) and [`PageSink`](whimbrel_images::page::PageSink).
 
 pub mod batch;
+pub mod identity;
+pub mod peers;
 pub mod proto;
+pub mod server;
+pub mod transport;

@@ -182,16 +182,19 @@ pub struct Limits {
     pub blob_bytes: u64,
     /// Bytes of messages and blobs sent and not yet consumed; one item may always be under way.
     pub item_window: u64,
+    /// Pages (4 KiB each, at both ends) remembered for sending differences; the smaller of both sides counts, 0 is none.
+    pub delta_pages: u32,
 }
 
 impl Default for Limits {
-    /// 64 batches of up to 4 MiB; blobs of up to 256 MiB; 32 MiB of items.
+    /// 64 batches of up to 4 MiB; blobs of up to 256 MiB; 32 MiB of items; no differences.
     fn default() -> Self {
         Self {
             batch_window: 64,
             batch_bytes: 4 << 20,
             blob_bytes: 256 << 20,
             item_window: 32 << 20,
+            delta_pages: 0,
         }
     }
 }
@@ -203,6 +206,7 @@ impl Limits {
             batch_bytes: self.batch_bytes,
             blob_bytes: self.blob_bytes,
             item_window: self.item_window,
+            delta_pages: self.delta_pages,
         }
     }
 
@@ -222,12 +226,13 @@ impl Limits {
             batch_bytes: limits.batch_bytes,
             blob_bytes: limits.blob_bytes,
             item_window: limits.item_window,
+            delta_pages: limits.delta_pages,
         })
     }
 }
 
 /// The peer broke the protocol, or speaks another one.
-#[derive(Debug, thiserror::Error, PartialEq)]
+#[derive(Clone, Debug, thiserror::Error, PartialEq)]
 pub enum ProtocolError {
     /// A frame claims to be longer than any frame may be.
     #[error("control frame of {length} bytes is over the limit of {limit}")]

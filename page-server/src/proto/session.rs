@@ -40,7 +40,8 @@ pub enum Item {
 }
 
 impl Item {
-    fn size(&self) -> u64 {
+    /// Bytes that count against the window.
+    pub fn size(&self) -> u64 {
         match self {
             Item::Message(body) => body.len() as u64,
             Item::Blob { name, bytes } => (name.len() + bytes.len()) as u64,
@@ -101,6 +102,7 @@ pub struct SessionState<B> {
     // Batches to the peer. `None` is reserved and still being encoded.
     reserved: u64,
     acknowledged: u64,
+    acknowledged_bytes: u64,
     kept: BTreeMap<u64, Option<Bytes>>,
     // Batches from the peer.
     applied: u64,
@@ -127,6 +129,7 @@ impl<B> SessionState<B> {
             peer,
             reserved: 0,
             acknowledged: 0,
+            acknowledged_bytes: 0,
             kept: BTreeMap::new(),
             applied: 0,
             taken: 0,
@@ -173,6 +176,16 @@ impl<B> SessionState<B> {
     /// Number of the last batch reserved and of the last one the peer has applied.
     pub fn batch_progress(&self) -> (u64, u64) {
         (self.reserved, self.acknowledged)
+    }
+
+    /// Encoded bytes of all batches that the peer has applied.
+    pub fn acknowledged_bytes(&self) -> u64 {
+        self.acknowledged_bytes
+    }
+
+    /// Whether the peer has applied every batch and consumed every item of this side.
+    pub fn nothing_outstanding(&self) -> bool {
+        self.reserved == self.acknowledged && self.sent_items.is_empty()
     }
 
     /// A batch arrived. False if it was here before (sent again after a broken connection).
@@ -257,11 +270,6 @@ impl<B> SessionState<B> {
         self.consumed_by_peer + self.sent_items.len() as u64
     }
 
-    /// Whether the peer has consumed every item.
-    pub fn items_consumed(&self) -> bool {
-        self.sent_items.is_empty()
-    }
-
     /// Ends the stream of items and batches of this side.
     pub fn finish(&mut self) -> Kind {
         self.finished = true;
@@ -320,6 +328,11 @@ impl<B> SessionState<B> {
     /// Whether the peer has ended its stream of items and all of them are consumed.
     pub fn is_drained(&self) -> bool {
         self.peer_finish.is_some_and(|(item, _)| self.consumed >= item)
+    }
+
+    /// Whether the peer has said that it sends nothing more.
+    pub fn peer_finished(&self) -> bool {
+        self.peer_finish.is_some()
     }
 
     /// What the peer said when it gave up, if it did.
@@ -484,7 +497,9 @@ impl<B> SessionState<B> {
         }
         if sequence > self.acknowledged {
             self.acknowledged = sequence;
-            self.kept = self.kept.split_off(&(sequence + 1));
+            let rest = self.kept.split_off(&(sequence + 1));
+            let done = std::mem::replace(&mut self.kept, rest);
+            self.acknowledged_bytes += done.values().flatten().map(|bytes| bytes.len() as u64).sum::<u64>();
         }
         Ok(())
     }
