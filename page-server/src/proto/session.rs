@@ -330,9 +330,15 @@ impl<B> SessionState<B> {
         self.peer_finish.is_some_and(|(item, _)| self.consumed >= item)
     }
 
-    /// Whether the peer has said that it sends nothing more.
-    pub fn peer_finished(&self) -> bool {
-        self.peer_finish.is_some()
+    /// The peer is known to send nothing more than what is here.
+    pub fn assume_finished(&mut self) {
+        self.peer_finish
+            .get_or_insert((self.consumed + self.slots.len() as u64, self.taken));
+    }
+
+    /// Whether batches are here that are not applied.
+    pub fn has_unapplied(&self) -> bool {
+        !self.arrived.is_empty() || self.taken > self.applied
     }
 
     /// What the peer said when it gave up, if it did.

@@ -177,6 +177,8 @@ async fn read_control(
         let result = match result {
             Ok(()) => match stream.read_chunk(256 << 10, true).await {
                 Ok(Some(chunk)) => link.receive(&chunk.bytes),
+                // The task that waits for the end reports it. Closing once more would hide the peer's reason.
+                Err(quinn::ReadError::ConnectionLost(_)) => return,
                 Ok(None) | Err(_) => {
                     // Without its control stream the connection is of no use.
                     quinn.close(CLOSE_BROKEN.into(), b"control stream ended");

@@ -48,6 +48,7 @@ impl ReceiveHandle {
 /// The thread holds no [`Session`]: when all handles are dropped, the session ends, and so does the thread.
 pub(super) fn start(session: Session, mut sink: Box<dyn PageSink>) -> ReceiveHandle {
     let shared = session.shared().clone();
+    shared.lock().receiving = true;
     let (sender, receiver) = oneshot::channel();
     let body = move || {
         let mut stats = ReceiveStats::default();

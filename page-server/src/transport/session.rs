@@ -77,6 +77,8 @@ pub(super) struct Inner {
     /// This side wants no more than to see everything acknowledged.
     closing: bool,
     closed: bool,
+    /// Whether pages are being applied here.
+    pub(super) receiving: bool,
     /// Blobs that came before a message somebody asked for.
     stashed: Vec<Received>,
     /// Since when a sender waits for room in the window.
@@ -118,6 +120,7 @@ impl Shared {
             failure: None,
             closing: false,
             closed: false,
+            receiving: false,
             stashed: Vec::new(),
             full_since: None,
             acknowledged_bytes: 0,
@@ -245,10 +248,12 @@ impl Shared {
         match &error {
             quinn::ConnectionError::ApplicationClosed(close) => match u64::from(close.error_code) as u32 {
                 CLOSE_DONE => {
-                    let complete = inner.closing && inner.state.peer_finished();
-                    inner.closed = true;
-                    // What arrived can still be taken; whoever waits for more gets the error.
-                    if !complete && !(inner.state.is_drained() && inner.state.nothing_outstanding()) {
+                    // The peer closes like this only when it has taken everything, this side's end included, and
+                    // knows that everything of its own was taken. Its own end may have been overtaken by the close.
+                    if inner.closing {
+                        inner.closed = true;
+                        inner.state.assume_finished();
+                    } else {
                         inner.failure = Some(Error::ClosedByPeer { session: self.id() });
                     }
                     self.wake();
@@ -639,7 +644,7 @@ impl Session {
     }
 
     /// Ends the session: waits until the peer has taken everything and has ended it too, then closes the connection.
-    /// Blobs and messages of the peer that were not taken yet are lost.
+    /// Blobs and messages of the peer that were not taken before are thrown away; pages are applied.
     ///
     /// # Errors
     /// When the session fails before that.
@@ -672,7 +677,17 @@ impl Session {
         if inner.closed {
             return Some(Ok(()));
         }
-        if !(inner.state.nothing_outstanding() && inner.state.peer_finished()) {
+        while let Some((_, acknowledgement)) = inner.state.next_item() {
+            inner.control(acknowledgement);
+        }
+        if inner.state.has_unapplied() && !inner.receiving {
+            let reason = "pages were sent that nobody takes".to_owned();
+            let error = Error::GivenUp { reason: reason.clone() };
+            self.shared()
+                .fail_locked(inner, error.clone(), Some((CLOSE_FAILED, reason)));
+            return Some(Err(error));
+        }
+        if !(inner.state.nothing_outstanding() && inner.state.is_drained() && inner.state.all_applied()) {
             return None;
         }
         inner.closed = true;
