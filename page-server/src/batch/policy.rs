@@ -89,7 +89,7 @@ impl Adaptive {
         if let Some(index) = self.measured.levels.iter().position(Option::is_none) {
             return Codec::Zstd(LEVELS[index]);
         }
-        if self.batches % PROBE_EVERY == 0 {
+        if self.batches.is_multiple_of(PROBE_EVERY) {
             return Codec::Zstd(LEVELS[(self.batches / PROBE_EVERY) as usize % LEVELS.len()]);
         }
         choose(&self.measured)

@@ -184,7 +184,7 @@ impl PageReply {
 pub fn is_valid_run(run: PageRun) -> bool {
     let bytes = run.pages.checked_mul(PAGE_SIZE as u64);
     run.pages > 0
-        && run.start % PAGE_SIZE as u64 == 0
+        && run.start.is_multiple_of(PAGE_SIZE as u64)
         && bytes.is_some_and(|bytes| run.start.checked_add(bytes).is_some())
 }
 

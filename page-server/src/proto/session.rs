@@ -544,6 +544,7 @@ mod tests {
             batch_bytes: 1 << 20,
             blob_bytes: 1000,
             item_window: 100,
+            delta_pages: 0,
         }
     }
 

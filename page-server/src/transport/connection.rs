@@ -372,7 +372,9 @@ pub(super) async fn answer(
             let had = shared.detach();
             wire.link.accept(&had).map_err(|source| wire.protocol(source))?;
             let opening = std::iter::from_fn(|| wire.link.transmit()).collect();
-            shared.attach(wire, &received, opening)?;
+            shared
+                .attach(wire, &received, opening)
+                .inspect_err(|error| shared.fail(error.clone(), None))?;
             Ok(None)
         }
         (Some(_), _) => {

@@ -73,6 +73,8 @@ pub(super) struct Inner {
     link: Option<LinkHandle>,
     /// Counts connections, so that what is left of an old one does no harm.
     generation: u64,
+    /// Counts losses of the connection.
+    losses: u64,
     failure: Option<Error>,
     /// This side wants no more than to see everything acknowledged.
     closing: bool,
@@ -117,6 +119,7 @@ impl Shared {
             state: SessionState::new(options.limits, peer_limits),
             link: None,
             generation: 0,
+            losses: 0,
             failure: None,
             closing: false,
             closed: false,
@@ -163,15 +166,29 @@ impl Shared {
         self.capabilities
     }
 
-    /// Gives up the connection there is, if any, and says what has arrived in this session.
-    pub(super) fn detach(&self) -> Resumption {
+    /// Gives up the connection there is, if any, and says what has arrived in this session. If no other connection
+    /// follows, the session fails in time.
+    pub(super) fn detach(self: &Arc<Self>) -> Resumption {
         let mut inner = lock(&self.inner);
         if let Some(link) = inner.link.take() {
             link.drop_connection("replaced by a new connection");
+            inner.losses += 1;
+            let address = self.peer.address;
+            let lost = Error::Connection {
+                address,
+                source: quinn::ConnectionError::LocallyClosed,
+            };
+            self.handle
+                .spawn(wait_for_resumption(Arc::downgrade(self), inner.losses, lost, false));
         }
         inner.generation += 1;
         inner.state.detach();
         inner.state.received()
+    }
+
+    /// Whether there is a connection.
+    pub(super) fn is_connected(&self) -> bool {
+        lock(&self.inner).link.is_some()
     }
 
     /// Puts the session on a new connection, and sends what the peer lacks. `opening` goes before everything else.
@@ -245,32 +262,14 @@ impl Shared {
         inner.link = None;
         inner.state.detach();
         let address = self.peer.address;
-        match &error {
-            quinn::ConnectionError::ApplicationClosed(close) => match u64::from(close.error_code) as u32 {
-                CLOSE_DONE => {
-                    // The peer closes like this only when it has taken everything, this side's end included, and
-                    // knows that everything of its own was taken. Its own end may have been overtaken by the close.
-                    if inner.closing {
-                        inner.closed = true;
-                        inner.state.assume_finished();
-                    } else {
-                        inner.failure = Some(Error::ClosedByPeer { session: self.id() });
-                    }
-                    self.wake();
-                    return;
-                }
-                CLOSE_FAILED => {
-                    let reason = String::from_utf8_lossy(&close.reason).into_owned();
-                    self.fail_locked(&mut inner, Error::PeerFailed { reason }, None);
-                    return;
-                }
-                CLOSE_PROTOCOL => {
-                    self.fail_locked(&mut inner, Error::Connection { address, source: error }, None);
-                    return;
-                }
-                _ => {}
-            },
-            _ => {}
+        if let quinn::ConnectionError::ApplicationClosed(close) = &error
+            && let Some(failure) = self.closed_by_peer(&mut inner, close)
+        {
+            match failure {
+                Ok(()) => self.wake(),
+                Err(failure) => self.fail_locked(&mut inner, failure, None),
+            }
+            return;
         }
         let lost = Error::Connection { address, source: error };
         let timeout = self.options.resume_timeout;
@@ -279,10 +278,27 @@ impl Shared {
             return;
         }
         tracing::warn!("{self:?} lost its connection, waiting {timeout:?} for another: {lost:?}");
-        self.wake();
-        drop(inner);
+        inner.losses += 1;
         self.handle
-            .spawn(wait_for_resumption(Arc::downgrade(self), generation, lost));
+            .spawn(wait_for_resumption(Arc::downgrade(self), inner.losses, lost, true));
+        self.wake();
+    }
+
+    /// What it means that the peer closed the connection; `None`: only that it is broken.
+    fn closed_by_peer(&self, inner: &mut Inner, close: &quinn::ApplicationClose) -> Option<Result<(), Error>> {
+        let reason = || String::from_utf8_lossy(&close.reason).into_owned();
+        match u32::try_from(u64::from(close.error_code)).ok()? {
+            // The peer closes like this only when it has taken everything, this side's end included, and knows that
+            // everything of its own was taken. Its own end may have been overtaken by the close.
+            CLOSE_DONE if inner.closing => {
+                inner.closed = true;
+                inner.state.assume_finished();
+                Some(Ok(()))
+            }
+            CLOSE_DONE => Some(Err(Error::ClosedByPeer { session: self.id() })),
+            CLOSE_FAILED | CLOSE_PROTOCOL => Some(Err(Error::PeerFailed { reason: reason() })),
+            _ => None,
+        }
     }
 
     /// The session cannot go on. `tell` is what the peer hears.
@@ -451,7 +467,9 @@ impl Shared {
     }
 }
 
-async fn wait_for_resumption(shared: std::sync::Weak<Shared>, generation: u64, lost: Error) {
+/// Waits until the session has a connection again, and dials for one if this side did before. `loss` counts the losses of
+/// the session: each has a waiter of its own.
+async fn wait_for_resumption(shared: std::sync::Weak<Shared>, loss: u64, lost: Error, redial: bool) {
     let deadline = {
         let Some(shared) = shared.upgrade() else { return };
         tokio::time::Instant::now() + shared.options.resume_timeout
@@ -461,11 +479,7 @@ async fn wait_for_resumption(shared: std::sync::Weak<Shared>, generation: u64, l
         let Some(shared) = shared.upgrade() else { return };
         {
             let inner = lock(&shared.inner);
-            if inner.link.is_some() || inner.failure.is_some() || inner.closed {
-                return;
-            }
-            // `detach` counts one up; a link that came and went has a waiter of its own.
-            if inner.generation > generation + 1 && shared.dialer.is_none() {
+            if inner.link.is_some() || inner.failure.is_some() || inner.closed || inner.losses != loss {
                 return;
             }
         }
@@ -477,8 +491,16 @@ async fn wait_for_resumption(shared: std::sync::Weak<Shared>, generation: u64, l
             shared.fail(error, None);
             return;
         }
-        if let Some(dialer) = shared.dialer.clone() {
-            let attempt = async { dialer.dial().await?.resume(&shared).await };
+        if let Some(dialer) = shared.dialer.clone().filter(|_| redial) {
+            let attempt = async {
+                let connection = dialer.dial().await?;
+                // Somebody else may have been faster.
+                if shared.is_connected() {
+                    Ok(())
+                } else {
+                    connection.resume(&shared).await
+                }
+            };
             match tokio::time::timeout_at(deadline, attempt).await {
                 Ok(Ok(())) => return,
                 Ok(Err(error @ (Error::Refused { .. } | Error::UnknownPeer { .. } | Error::RefusedByPeer { .. }))) => {
@@ -719,7 +741,7 @@ impl Session {
 
     /// Whether there is a connection at the moment. Without one, the session waits to be resumed.
     pub fn is_connected(&self) -> bool {
-        lock(&self.shared().inner).link.is_some()
+        self.shared().is_connected()
     }
 
     /// Goes on with this connection, after the one before broke. Needed only where [`Options::redial`] is off or the

@@ -18,10 +18,12 @@ use whimbrel_page_server::{
 
 pub const OBJECT: MemoryObject = MemoryObject::Task(42);
 
+type Pages = HashMap<(MemoryObject, u64), Vec<u8>>;
+
 /// Pages in a map; zero and parent pages as empty and one-byte vectors.
 #[derive(Clone, Default)]
 pub struct Memory {
-    pub pages: Arc<Mutex<HashMap<(MemoryObject, u64), Vec<u8>>>>,
+    pub pages: Arc<Mutex<Pages>>,
     /// While this is locked, nothing can be written.
     pub gate: Arc<Mutex<()>>,
 }
@@ -115,7 +117,7 @@ pub async fn session(a: &Endpoint, b: &Endpoint, request: SessionRequest) -> (Se
 
 /// A page that is random, zero, or compressible, by its number.
 pub fn page(number: u64, seed: u64) -> Vec<u8> {
-    let mut state = (number << 8 | seed).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut state = ((number << 8) | seed).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     let mut next = move || {
         state ^= state << 13;
         state ^= state >> 7;
@@ -126,7 +128,7 @@ pub fn page(number: u64, seed: u64) -> Vec<u8> {
         0 => vec![0; PAGE_SIZE],
         1 => (0..PAGE_SIZE / 8).flat_map(|_| next().to_le_bytes()).collect(),
         _ => (0..PAGE_SIZE / 8)
-            .flat_map(|index| (next() & 3 | index as u64 / 8 << 4).to_le_bytes())
+            .flat_map(|index| ((next() & 3) | ((index as u64 / 8) << 4)).to_le_bytes())
             .collect(),
     }
 }
