@@ -486,3 +486,63 @@ fn shared_state_is_not_kept_alive_by_a_peer() {
     assert_eq!(Arc::strong_count(&marker), 1);
     drop(one);
 }
+
+#[test]
+fn certificates_of_an_authority_work_and_others_do_not() {
+    use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
+    use whimbrel_page_server::transport::{Credentials, TlsFiles};
+    let directory = tempfile::tempdir().unwrap();
+    let authority = |name: &str| {
+        let key = KeyPair::generate().unwrap();
+        let mut parameters = CertificateParams::new(vec![]).unwrap();
+        parameters.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        let path = directory.path().join(name);
+        std::fs::write(&path, parameters.self_signed(&key).unwrap().pem()).unwrap();
+        (path, Issuer::new(parameters, key))
+    };
+    let ((good_path, good), (_, bad)) = (authority("good"), authority("bad"));
+    let host = |name: &str, issuer: &Issuer<'_, KeyPair>, names: &[&str], verify_name| {
+        let key = KeyPair::generate().unwrap();
+        let names: Vec<_> = names.iter().map(|name| (*name).to_owned()).collect();
+        let certificate = CertificateParams::new(names).unwrap().signed_by(&key, issuer).unwrap();
+        let (cert, key_path) = (
+            directory.path().join(format!("{name}.crt")),
+            directory.path().join(format!("{name}.key")),
+        );
+        std::fs::write(&cert, certificate.pem()).unwrap();
+        std::fs::write(&key_path, key.serialize_pem()).unwrap();
+        let files = TlsFiles {
+            cacert: good_path.clone(),
+            cacrl: None,
+            cert,
+            key: key_path,
+            verify_name,
+        };
+        Endpoint::bind(
+            "127.0.0.1:0".parse().unwrap(),
+            &Credentials::Authority(files),
+            options(),
+        )
+        .unwrap()
+    };
+    let runtime = Runtime::new(2).unwrap();
+    runtime.block_on(async {
+        let server = host("server", &good, &["127.0.0.1", "db.example"], true);
+        let address = server.local_address().unwrap();
+        let client = host("client", &good, &["client.example"], true);
+        session(&client, &server, request(Role::Migrate)).await;
+        assert!(client.connect_named(address, Some("db.example")).await.is_ok());
+        assert!(
+            client.connect_named(address, Some("other.example")).await.is_err(),
+            "wrong name"
+        );
+        let lenient = host("lenient", &good, &["x.example"], false);
+        assert!(lenient.connect_named(address, Some("other.example")).await.is_ok());
+        let stranger = host("stranger", &bad, &["127.0.0.1"], true);
+        assert!(stranger.connect(address).await.is_err(), "client of another authority");
+        assert!(
+            client.connect(stranger.local_address().unwrap()).await.is_err(),
+            "server of another authority"
+        );
+    });
+}

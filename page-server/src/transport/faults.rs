@@ -1,10 +1,6 @@
 //! Page requests on a connection of their own: who asks, and who answers.
 
-use std::{
-    io,
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{io, sync::Arc, time::Instant};
 
 use quinn::{RecvStream, SendStream};
 use tokio::sync::{Semaphore, watch};
@@ -342,12 +338,16 @@ async fn exchange(link: &FaultLink, request: &PageRequest) -> Result<PageReply, 
     }
 }
 
+/// How many requests of one connection are read and answered at once.
+struct Slots {
+    background: Semaphore,
+    urgent: Semaphore,
+}
+
 /// Answers page requests from a [`PageSource`].
 #[derive(Clone)]
 pub struct FaultServer {
     source: Arc<dyn PageSource>,
-    background: Arc<Semaphore>,
-    urgent: Arc<Semaphore>,
     level: Option<i32>,
 }
 
@@ -362,13 +362,7 @@ impl std::fmt::Debug for FaultServer {
 impl FaultServer {
     /// Serves this source. Background replies are compressed at zstd level `level`, if given; urgent ones never are.
     pub fn new(source: Arc<dyn PageSource>, level: Option<i32>) -> Self {
-        let (background, urgent) = (Arc::new(Semaphore::new(BACKGROUND)), Arc::new(Semaphore::new(URGENT)));
-        Self {
-            source,
-            background,
-            urgent,
-            level,
-        }
+        Self { source, level }
     }
 
     /// Answers requests on this connection until the peer says that it is done.
@@ -382,11 +376,15 @@ impl FaultServer {
                 used_as: "the side that serves pages",
             });
         }
+        let slots = Arc::new(Slots {
+            background: Semaphore::new(BACKGROUND),
+            urgent: Semaphore::new(URGENT),
+        });
         loop {
             match link.quinn.accept_bi().await {
                 Ok((send, receive)) => {
-                    let server = self.clone();
-                    tokio::spawn(async move { server.answer(send, receive).await });
+                    let (server, slots) = (self.clone(), slots.clone());
+                    tokio::spawn(async move { server.answer(&slots, send, receive).await });
                 }
                 Err(quinn::ConnectionError::ApplicationClosed(close))
                     if u64::from(close.error_code) == u64::from(CLOSE_DONE) =>
@@ -398,28 +396,30 @@ impl FaultServer {
         }
     }
 
-    async fn answer(&self, mut send: SendStream, mut receive: RecvStream) {
+    async fn answer(&self, slots: &Slots, mut send: SendStream, mut receive: RecvStream) {
+        let begun = Instant::now();
         let Ok(bytes) = receive.read_to_end(REQUEST_BYTES).await else {
             return;
         };
-        let reply = match PageRequest::decode(&bytes) {
-            Ok(request) => {
-                if request.urgent {
-                    let _ = send.set_priority(1);
-                }
-                self.read(request).await
-            }
+        let request = PageRequest::decode(&bytes);
+        let urgent = request.as_ref().is_ok_and(|request| request.urgent);
+        // Held until the reply is on its way: a peer that does not read its replies cannot make them pile up.
+        let slot = if urgent { &slots.urgent } else { &slots.background };
+        let _permit = slot.acquire().await.expect("never closed");
+        if urgent {
+            let _ = send.set_priority(1);
+        }
+        let reply = match request {
+            Ok(request) => self.read(request).await,
             Err(error) => PageReply::encode_refusal(&error.to_string()),
         };
+        metrics::histogram!("whimbrel_fault_served_seconds").record(begun.elapsed());
         if send.write_chunk(reply.into()).await.is_ok() {
             let _ = send.finish();
         }
     }
 
     async fn read(&self, request: PageRequest) -> Vec<u8> {
-        let begun = Instant::now();
-        let queue = if request.urgent { &self.urgent } else { &self.background };
-        let _permit = queue.acquire().await.expect("never closed");
         let source = self.source.clone();
         let level = self.level.filter(|_| !request.urgent);
         let read = move || {
@@ -431,8 +431,6 @@ impl FaultServer {
             }
         };
         let reply = tokio::task::spawn_blocking(read).await;
-        let elapsed: Duration = begun.elapsed();
-        metrics::histogram!("whimbrel_fault_served_seconds").record(elapsed);
         reply.unwrap_or_else(|_| PageReply::encode_refusal("reading the pages failed"))
     }
 }
