@@ -1,0 +1,232 @@
+//! A UDP socket from which connections are dialled and on which they are accepted.
+
+use std::{
+    collections::HashMap,
+    net::{SocketAddr, UdpSocket},
+    sync::{Arc, Mutex, Weak},
+};
+
+use quinn::{EndpointConfig, IdleTimeout, MtuDiscoveryConfig, TransportConfig, VarInt};
+use rustls::pki_types::ServerName;
+use tokio::sync::{Semaphore, mpsc};
+
+use super::{
+    Connection, Credentials, Error, Incoming, Options, connection, lock,
+    session::Shared,
+    tls::{Authenticator, Outcome},
+};
+use crate::proto::{SessionId, link::Local};
+
+/// Bytes under way that the windows have room for: 1 GB/s over 50 ms, twice.
+const WINDOW: u32 = 100 << 20;
+
+/// Socket buffers to ask for; the kernel gives what `net.core.rmem_max` and `wmem_max` allow.
+const SOCKET_BUFFER: usize = 8 << 20;
+
+/// What all connections of an endpoint share.
+#[derive(Debug)]
+pub(super) struct Common {
+    pub(super) options: Options,
+    pub(super) authenticator: Arc<Authenticator>,
+    pub(super) transport: Arc<TransportConfig>,
+    /// Sessions that the peer may resume by dialling again.
+    pub(super) sessions: Mutex<HashMap<SessionId, Weak<Shared>>>,
+}
+
+impl Common {
+    pub(super) fn local(&self) -> Local {
+        Local {
+            limits: self.options.limits,
+            capabilities: self.options.capabilities,
+            ..Local::default()
+        }
+    }
+
+    pub(super) fn register(&self, session: &Arc<Shared>) {
+        let mut sessions = lock(&self.sessions);
+        sessions.retain(|_, session| session.strong_count() > 0);
+        sessions.insert(session.id(), Arc::downgrade(session));
+    }
+
+    pub(super) fn find(&self, id: SessionId) -> Option<Arc<Shared>> {
+        lock(&self.sessions).get(&id)?.upgrade()
+    }
+}
+
+/// A UDP socket that speaks the page protocol. Clones are the same endpoint.
+#[derive(Clone, Debug)]
+pub struct Endpoint(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    quinn: quinn::Endpoint,
+    common: Arc<Common>,
+    incoming: tokio::sync::Mutex<mpsc::Receiver<Result<Incoming, Error>>>,
+    acceptor: tokio::task::AbortHandle,
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        self.acceptor.abort();
+    }
+}
+
+impl Endpoint {
+    /// Opens a socket. Must be called inside a tokio runtime, which then drives the endpoint.
+    ///
+    /// # Errors
+    /// When the credentials cannot be used or the socket cannot be opened.
+    pub fn bind(address: SocketAddr, credentials: &Credentials, options: Options) -> Result<Self, Error> {
+        let bind_error = |source| Error::Bind {
+            address,
+            source: Arc::new(source),
+        };
+        let authenticator = Arc::new(Authenticator::new(credentials)?);
+        let transport = Arc::new(transport_config(&options));
+        let mut server = server_config(&authenticator, &transport, &Outcome::default())?;
+        server.max_incoming(options.max_handshakes * 2);
+        let mut config = EndpointConfig::default();
+        config
+            .max_udp_payload_size(options.max_udp_payload.max(1472))
+            .expect("within bounds");
+        let socket = UdpSocket::bind(address).map_err(bind_error)?;
+        let raw = socket2::SockRef::from(&socket);
+        // Best effort: with the kernel's default the socket only loses packets earlier.
+        let _ = raw.set_recv_buffer_size(SOCKET_BUFFER);
+        let _ = raw.set_send_buffer_size(SOCKET_BUFFER);
+        let runtime = Arc::new(quinn::TokioRuntime);
+        let quinn = quinn::Endpoint::new(config, Some(server), socket, runtime).map_err(bind_error)?;
+        let common = Arc::new(Common {
+            options,
+            authenticator,
+            transport,
+            sessions: Mutex::default(),
+        });
+        let (sender, receiver) = mpsc::channel(64);
+        let acceptor = tokio::spawn(accept_all(quinn.clone(), common.clone(), sender)).abort_handle();
+        Ok(Self(Arc::new(Inner {
+            quinn,
+            common,
+            incoming: tokio::sync::Mutex::new(receiver),
+            acceptor,
+        })))
+    }
+
+    /// The address of the socket.
+    ///
+    /// # Errors
+    /// When the kernel does not say.
+    pub fn local_address(&self) -> std::io::Result<SocketAddr> {
+        self.0.quinn.local_addr()
+    }
+
+    /// Dials a host, authenticates, and agrees on a version of the protocol.
+    ///
+    /// # Errors
+    /// When it cannot be reached, either side does not trust the other, or no version is common.
+    pub async fn connect(&self, address: SocketAddr) -> Result<Connection, Error> {
+        self.connect_named(address, None).await
+    }
+
+    /// As [`Endpoint::connect`]; with a certificate authority, `name` must be in the host's certificate. Without a name
+    /// its address must be.
+    ///
+    /// # Errors
+    /// As [`Endpoint::connect`], and when the name is not one.
+    pub async fn connect_named(&self, address: SocketAddr, name: Option<&str>) -> Result<Connection, Error> {
+        let common = &self.0.common;
+        let outcome = Outcome::default();
+        let mut config = quinn::ClientConfig::new(Arc::new(common.authenticator.client(&outcome)?));
+        config.transport_config(common.transport.clone());
+        let name = match name {
+            Some(name) => name.to_owned(),
+            None => ServerName::from(address.ip()).to_str().into_owned(),
+        };
+        let connecting = self.0.quinn.connect_with(config, address, &name);
+        let connecting = connecting.map_err(|source| Error::Connect { address, source })?;
+        let dialed = connection::Dialer {
+            endpoint: self.clone(),
+            address,
+            name,
+        };
+        let handshake = connection::dial(connecting, common.clone(), &outcome, dialed);
+        let timeout = tokio::time::timeout(common.options.handshake_timeout, handshake);
+        timeout.await.unwrap_or(Err(Error::HandshakeTimeout { address }))
+    }
+
+    /// The next session that a peer asks for, or the next failed attempt (refused peers among them). `None` when the
+    /// endpoint is closed. Sessions that are resumed do not show up here.
+    pub async fn accept(&self) -> Option<Result<Incoming, Error>> {
+        self.0.incoming.lock().await.recv().await
+    }
+
+    /// Closes all connections at once and waits until the peers were told. Peers see a broken connection.
+    pub async fn close(&self) {
+        self.0.acceptor.abort();
+        self.0.quinn.close(connection::CLOSE_BROKEN.into(), b"endpoint closed");
+        self.0.quinn.wait_idle().await;
+    }
+}
+
+fn server_config(
+    authenticator: &Arc<Authenticator>,
+    transport: &Arc<TransportConfig>,
+    outcome: &Outcome,
+) -> Result<quinn::ServerConfig, Error> {
+    let mut config = quinn::ServerConfig::with_crypto(Arc::new(authenticator.server(outcome)?));
+    config.transport_config(transport.clone());
+    Ok(config)
+}
+
+fn transport_config(options: &Options) -> TransportConfig {
+    let mut config = TransportConfig::default();
+    let mut discovery = MtuDiscoveryConfig::default();
+    discovery.upper_bound(options.max_udp_payload.max(1200));
+    // One stream per batch and blob under way; requests for pages come in bursts.
+    config
+        .max_concurrent_uni_streams(VarInt::from_u32(options.limits.batch_window.saturating_add(16)))
+        .max_concurrent_bidi_streams(VarInt::from_u32(1024))
+        .stream_receive_window(VarInt::from_u32(16 << 20))
+        .receive_window(VarInt::from_u32(WINDOW))
+        .send_window(u64::from(WINDOW))
+        // Batches are applied in order, so the oldest is finished first.
+        .send_fairness(false)
+        .keep_alive_interval(Some(options.keep_alive))
+        .max_idle_timeout(IdleTimeout::try_from(options.idle_timeout).ok())
+        .mtu_discovery_config(Some(discovery));
+    config
+}
+
+async fn accept_all(endpoint: quinn::Endpoint, common: Arc<Common>, sender: mpsc::Sender<Result<Incoming, Error>>) {
+    let handshakes = Arc::new(Semaphore::new(common.options.max_handshakes.max(1)));
+    while let Some(incoming) = endpoint.accept().await {
+        let Ok(permit) = handshakes.clone().try_acquire_owned() else {
+            tracing::warn!("refusing {}: too many handshakes under way", incoming.remote_address());
+            incoming.refuse();
+            continue;
+        };
+        let (common, sender) = (common.clone(), sender.clone());
+        tokio::spawn(async move {
+            let address = incoming.remote_address();
+            let outcome = Outcome::default();
+            let handshake = async {
+                let config = server_config(&common.authenticator, &common.transport, &outcome)?;
+                let connecting = incoming.accept_with(Arc::new(config));
+                let connecting = connecting.map_err(|source| Error::Connection { address, source })?;
+                connection::answer(connecting, common.clone(), &outcome).await
+            };
+            let timeout = tokio::time::timeout(common.options.handshake_timeout, handshake);
+            let result = match timeout.await.unwrap_or(Err(Error::HandshakeTimeout { address })) {
+                Ok(None) => return,
+                Ok(Some(incoming)) => Ok(incoming),
+                Err(error) => Err(error),
+            };
+            drop(permit);
+            match result {
+                Ok(incoming) => drop(sender.send(Ok(incoming)).await),
+                // Failed attempts are for the log; strangers must not be able to fill the queue.
+                Err(error) => drop(sender.try_send(Err(error))),
+            }
+        });
+    }
+}
