@@ -112,6 +112,7 @@ pub struct Collected {
     by_inode: HashMap<(u64, u64), Vec<u32>>,
     by_path: HashMap<(u64, u64, u32), u32>,
     next_id: u32,
+    pids: HashMap<i32, i32>,
 }
 
 /// Collects a frozen tree.
@@ -121,6 +122,7 @@ pub struct Collected {
 pub fn collect(tree: &mut Tree, mut prepared: Prepared, options: &Options) -> Result<Collected> {
     let mut all = Collected {
         next_id: 1,
+        pids: tree.tasks.iter().map(|task| (task.pid, task.inner_pid)).collect(),
         ..Collected::default()
     };
     let root_session = tree.tasks.first().map_or(0, |task| task.session);
@@ -412,6 +414,7 @@ impl Collected {
                 Some(id) => id,
                 None => {
                     let id = self.new_id();
+                    kind_for(&file)?.share(&file, &mut self.segments)?;
                     self.by_inode
                         .entry((file.stat.st_dev, file.stat.st_ino))
                         .or_default()
@@ -504,7 +507,7 @@ impl Collected {
     /// # Errors
     /// The reasons, one after the other.
     pub fn check_files(&self, store: &dyn ImageStore, options: &Options) -> Result<()> {
-        let mut shared = Shared::default();
+        let mut shared = self.shared();
         let dump = FileDump::new(store, options, &self.descriptors, &self.open, &mut shared);
         let reasons: Vec<Error> = self
             .open
@@ -534,7 +537,7 @@ impl Collected {
     /// # Errors
     /// When one cannot be described.
     pub fn dump_files(&self, store: &dyn ImageStore, options: &Options) -> Result<BTreeMap<u32, FileEntry>> {
-        let mut shared = Shared::default();
+        let mut shared = self.shared();
         let mut dump = FileDump::new(store, options, &self.descriptors, &self.open, &mut shared);
         let mut entries = BTreeMap::new();
         for (&id, file) in &self.paths {
@@ -559,7 +562,17 @@ impl Collected {
             entries.insert(id, entry);
         }
         dump.close()?;
+        entries.append(&mut shared.extra);
         Ok(entries)
+    }
+
+    /// What kinds are told about the tree.
+    fn shared(&self) -> Shared {
+        let mut shared = Shared::default();
+        shared.segments = self.segments.ids();
+        shared.pids.clone_from(&self.pids);
+        shared.next_id = self.next_id;
+        shared
     }
 
     /// All open files, by image id.
