@@ -16,7 +16,7 @@ use crate::kernel::sys::{self, Kcmp};
 use crate::procfs::{self, maps::Mapping};
 use crate::remote::inject::{GadgetCache, Home};
 use crate::remote::{Gadgets, Program, StubProcess};
-use crate::resource::fd::{FileDump, OpenFile, Shared, regular};
+use crate::resource::fd::{self, FileDump, OpenFile, Shared, memfd, regular};
 use crate::resource::mem::{bounds, mapping, mapping::Backing, shared::Segments};
 use crate::resource::{self, FILE_KINDS, FileKind, TASK_KINDS, ThreadView};
 use crate::tree::{Task, TaskImage, TaskState, Tree, task_state};
@@ -85,6 +85,7 @@ pub struct PathFile {
     link: Vec<u8>,
     stat: rustix::fs::Stat,
     handle: OwnedFd,
+    flags: u32,
 }
 
 /// Memory of one task that is to be carried.
@@ -454,7 +455,8 @@ impl Collected {
             Error::new("look at a mapped file").task(pid).object(text)
         };
         match backing {
-            Backing::File => {
+            // The memory of a memfd belongs to its inode: here it is a file like others.
+            Backing::File | Backing::Memfd => {
                 vma.shmid = u64::from(
                     self.path_file(pid, &name, vma.fdflags.unwrap_or(0))
                         .map_err(|e| failed().because(e))?,
@@ -467,7 +469,6 @@ impl Collected {
                     .with(failed)?;
                 vma.shmid = u64::from(self.segments.id_of(file)?);
             }
-            Backing::Memfd => return Err(failed().because("mapped memfds are not supported yet")),
             Backing::Anonymous | Backing::Kernel => {}
         }
         Ok(())
@@ -487,9 +488,14 @@ impl Collected {
             return Ok(id);
         }
         let target = std::fs::read_link(&path).with(failed)?.into_os_string();
+        let link: Vec<u8> = std::os::unix::ffi::OsStringExt::into_vec(target);
+        if memfd::is_memfd(&link, &stat) {
+            memfd::check_pages(&handle).map_err(|error| error.task(pid).object(path.clone()))?;
+            let contents = fd::reopen(handle.as_fd(), libc::O_RDONLY as u32).with(failed)?;
+            self.segments.id_of(File::from(contents))?;
+        }
         let id = self.new_id();
         self.by_path.insert(key, id);
-        let link = std::os::unix::ffi::OsStringExt::into_vec(target);
         self.paths.insert(
             id,
             PathFile {
@@ -497,6 +503,7 @@ impl Collected {
                 link,
                 stat,
                 handle,
+                flags,
             },
         );
         Ok(id)
@@ -546,6 +553,11 @@ impl Collected {
                 link: &file.link,
                 stat: &file.stat,
             };
+            if memfd::is_memfd(&file.link, &file.stat) {
+                let entry = memfd::describe_inode(&source, &file.handle, id, file.flags, &mut dump)?;
+                entries.insert(id, entry);
+                continue;
+            }
             let reg = regular::describe_path(&source, &file.handle, id, &mut dump)?;
             let entry = FileEntry {
                 r#type: FdTypes::Reg as i32,

@@ -181,10 +181,12 @@ pub static TASK_KINDS: &[&dyn TaskKind] = &[
 /// All kinds of files. The first that recognises a file takes it.
 pub static FILE_KINDS: &[&dyn FileKind] = &[
     &fd::pipe::Pipe,
+    &fd::fifo::Fifo,
     &fd::eventfd::EventFd,
     &fd::signalfd::SignalFd,
     &fd::timerfd::TimerFd,
     &fd::epoll::Epoll,
+    &fd::memfd::Memfd,
     // Takes what is left: last.
     &fd::regular::Regular,
 ];

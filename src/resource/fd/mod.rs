@@ -5,6 +5,8 @@ pub(crate) mod fixture;
 
 pub mod epoll;
 pub mod eventfd;
+pub mod fifo;
+pub mod memfd;
 pub mod pipe;
 pub mod regular;
 pub mod signalfd;
