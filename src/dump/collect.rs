@@ -16,7 +16,7 @@ use crate::kernel::sys::{self, Kcmp};
 use crate::procfs::{self, maps::Mapping};
 use crate::remote::inject::{GadgetCache, Home};
 use crate::remote::{Gadgets, Program, StubProcess};
-use crate::resource::fd::{FileDump, OpenFile, Shared, regular};
+use crate::resource::fd::{self, FileDump, OpenFile, Shared, memfd, regular};
 use crate::resource::mem::{bounds, mapping, mapping::Backing, shared::Segments};
 use crate::resource::{self, FILE_KINDS, FileKind, TASK_KINDS, ThreadView};
 use crate::tree::{Task, TaskImage, TaskState, Tree, task_state};
@@ -85,6 +85,7 @@ pub struct PathFile {
     link: Vec<u8>,
     stat: rustix::fs::Stat,
     handle: OwnedFd,
+    flags: u32,
 }
 
 /// Memory of one task that is to be carried.
@@ -112,6 +113,7 @@ pub struct Collected {
     by_inode: HashMap<(u64, u64), Vec<u32>>,
     by_path: HashMap<(u64, u64, u32), u32>,
     next_id: u32,
+    pids: HashMap<i32, i32>,
 }
 
 /// Collects a frozen tree.
@@ -121,6 +123,7 @@ pub struct Collected {
 pub fn collect(tree: &mut Tree, mut prepared: Prepared, options: &Options) -> Result<Collected> {
     let mut all = Collected {
         next_id: 1,
+        pids: tree.tasks.iter().map(|task| (task.pid, task.inner_pid)).collect(),
         ..Collected::default()
     };
     let root_session = tree.tasks.first().map_or(0, |task| task.session);
@@ -412,6 +415,7 @@ impl Collected {
                 Some(id) => id,
                 None => {
                     let id = self.new_id();
+                    kind_for(&file)?.share(&file, &mut self.segments)?;
                     self.by_inode
                         .entry((file.stat.st_dev, file.stat.st_ino))
                         .or_default()
@@ -451,7 +455,8 @@ impl Collected {
             Error::new("look at a mapped file").task(pid).object(text)
         };
         match backing {
-            Backing::File => {
+            // The memory of a memfd belongs to its inode: here it is a file like others.
+            Backing::File | Backing::Memfd => {
                 vma.shmid = u64::from(
                     self.path_file(pid, &name, vma.fdflags.unwrap_or(0))
                         .map_err(|e| failed().because(e))?,
@@ -464,7 +469,6 @@ impl Collected {
                     .with(failed)?;
                 vma.shmid = u64::from(self.segments.id_of(file)?);
             }
-            Backing::Memfd => return Err(failed().because("mapped memfds are not supported yet")),
             Backing::Anonymous | Backing::Kernel => {}
         }
         Ok(())
@@ -484,9 +488,14 @@ impl Collected {
             return Ok(id);
         }
         let target = std::fs::read_link(&path).with(failed)?.into_os_string();
+        let link: Vec<u8> = std::os::unix::ffi::OsStringExt::into_vec(target);
+        if memfd::is_memfd(&link, &stat) {
+            memfd::check_pages(&handle).map_err(|error| error.task(pid).object(path.clone()))?;
+            let contents = fd::reopen(handle.as_fd(), libc::O_RDONLY as u32).with(failed)?;
+            self.segments.id_of(File::from(contents))?;
+        }
         let id = self.new_id();
         self.by_path.insert(key, id);
-        let link = std::os::unix::ffi::OsStringExt::into_vec(target);
         self.paths.insert(
             id,
             PathFile {
@@ -494,6 +503,7 @@ impl Collected {
                 link,
                 stat,
                 handle,
+                flags,
             },
         );
         Ok(id)
@@ -504,7 +514,7 @@ impl Collected {
     /// # Errors
     /// The reasons, one after the other.
     pub fn check_files(&self, store: &dyn ImageStore, options: &Options) -> Result<()> {
-        let mut shared = Shared::default();
+        let mut shared = self.shared();
         let dump = FileDump::new(store, options, &self.descriptors, &self.open, &mut shared);
         let reasons: Vec<Error> = self
             .open
@@ -534,7 +544,7 @@ impl Collected {
     /// # Errors
     /// When one cannot be described.
     pub fn dump_files(&self, store: &dyn ImageStore, options: &Options) -> Result<BTreeMap<u32, FileEntry>> {
-        let mut shared = Shared::default();
+        let mut shared = self.shared();
         let mut dump = FileDump::new(store, options, &self.descriptors, &self.open, &mut shared);
         let mut entries = BTreeMap::new();
         for (&id, file) in &self.paths {
@@ -543,6 +553,11 @@ impl Collected {
                 link: &file.link,
                 stat: &file.stat,
             };
+            if memfd::is_memfd(&file.link, &file.stat) {
+                let entry = memfd::describe_inode(&source, &file.handle, id, file.flags, &mut dump)?;
+                entries.insert(id, entry);
+                continue;
+            }
             let reg = regular::describe_path(&source, &file.handle, id, &mut dump)?;
             let entry = FileEntry {
                 r#type: FdTypes::Reg as i32,
@@ -559,7 +574,17 @@ impl Collected {
             entries.insert(id, entry);
         }
         dump.close()?;
+        entries.append(&mut shared.extra);
         Ok(entries)
+    }
+
+    /// What kinds are told about the tree.
+    fn shared(&self) -> Shared {
+        let mut shared = Shared::default();
+        shared.segments = self.segments.ids();
+        shared.pids.clone_from(&self.pids);
+        shared.next_id = self.next_id;
+        shared
     }
 
     /// All open files, by image id.

@@ -1,12 +1,14 @@
 //! What the kernel offers that the crates of this field do not wrap: typed, each with its errors.
 //!
 //! * [`sys`]: single system calls.
+//! * [`files`]: system calls on files.
 //! * [`mm`]: files that can only be made by mapping memory.
 //! * [`nft`]: the network lock: packets of chosen connections are dropped while they are taken apart.
 //! * [`sock_diag`]: the sockets of a network namespace, as the kernel lists them.
 //! * [`features`]: what this kernel can do, found out by trying.
 
 pub mod features;
+pub mod files;
 pub mod mm;
 mod netlink;
 pub mod nft;

@@ -85,6 +85,16 @@ pub trait FileKind: Sync {
     /// Is this file of its kind?
     fn recognises(&self, file: &OpenFile) -> bool;
 
+    /// Names the memory that the file shows, if it does, so that its contents are stored once however many show it.
+    /// Called once per open file description, before any other is described.
+    ///
+    /// # Errors
+    /// When it cannot be looked at.
+    fn share(&self, file: &OpenFile, segments: &mut mem::shared::Segments) -> Result<()> {
+        let _ = (file, segments);
+        Ok(())
+    }
+
     /// Can this file be carried at all? Asked for all files before anything is changed.
     ///
     /// # Errors
@@ -124,6 +134,18 @@ pub trait FileKind: Sync {
         Ok(())
     }
 
+    /// As [`FileKind::install`], for kinds whose calls depend on the task (controlling terminals). Drivers call this one, in
+    /// every task that has the file; `first` is true in the first of them in the order of the tree.
+    ///
+    /// # Errors
+    /// When the image is damaged.
+    fn install_in(&self, entry: &FileEntry, fd: u32, task: &Installing<'_>, program: &mut Program) -> Result<()> {
+        if task.first {
+            self.install(entry, fd, program)?;
+        }
+        Ok(())
+    }
+
     /// Called immediately before the tree runs again: the last moment, after the network is unlocked.
     ///
     /// # Errors
@@ -132,6 +154,18 @@ pub trait FileKind: Sync {
         let _ = (entry, restore);
         Ok(())
     }
+}
+
+/// The task whose descriptors are in place, for [`FileKind::install_in`].
+pub struct Installing<'a> {
+    /// Its id, in its own pid namespace.
+    pub pid: u32,
+    /// Its session.
+    pub session: u32,
+    /// Is it the first task of the tree that has the file?
+    pub first: bool,
+    /// The image set.
+    pub store: &'a dyn whimbrel_images::store::ImageStore,
 }
 
 /// All kinds of the task family, in the order in which they are restored within a stage.
@@ -145,4 +179,14 @@ pub static TASK_KINDS: &[&dyn TaskKind] = &[
 ];
 
 /// All kinds of files. The first that recognises a file takes it.
-pub static FILE_KINDS: &[&dyn FileKind] = &[&fd::pipe::Pipe, &fd::regular::Regular];
+pub static FILE_KINDS: &[&dyn FileKind] = &[
+    &fd::pipe::Pipe,
+    &fd::fifo::Fifo,
+    &fd::eventfd::EventFd,
+    &fd::signalfd::SignalFd,
+    &fd::timerfd::TimerFd,
+    &fd::epoll::Epoll,
+    &fd::memfd::Memfd,
+    // Takes what is left: last.
+    &fd::regular::Regular,
+];

@@ -1,7 +1,16 @@
 //! Open file descriptions: what all kinds share when they are dumped and restored.
 
+#[cfg(test)]
+pub(crate) mod fixture;
+
+pub mod epoll;
+pub mod eventfd;
+pub mod fifo;
+pub mod memfd;
 pub mod pipe;
 pub mod regular;
+pub mod signalfd;
+pub mod timerfd;
 
 use std::collections::{BTreeMap, HashMap};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -106,6 +115,14 @@ pub struct Shared {
     pub seen: std::collections::HashSet<(i32, u64)>,
     /// Numbers of the ghost files, by device and inode of the deleted file.
     pub ghosts: HashMap<(u64, u64), u32>,
+    /// Image ids of shared memory segments, by device and inode.
+    pub segments: HashMap<(u64, u64), u32>,
+    /// Processes of the tree: id in our pid namespace to id in its own.
+    pub pids: HashMap<i32, i32>,
+    /// Entries that other entries refer to (the path of a FIFO), by id.
+    pub extra: BTreeMap<u32, FileEntry>,
+    /// First image id that no file has yet.
+    pub next_id: u32,
     next_ghost: u32,
 }
 
@@ -113,6 +130,12 @@ impl Shared {
     /// Is this the first time that `id` of this type is described?
     pub fn first(&mut self, kind: FdTypes, id: u64) -> bool {
         self.seen.insert((kind as i32, id))
+    }
+
+    /// An image id for an entry that no descriptor of the tree refers to.
+    pub fn new_id(&mut self) -> u32 {
+        self.next_id = self.next_id.max(1) + 1;
+        self.next_id - 1
     }
 
     /// A number for a new ghost file.
@@ -223,19 +246,31 @@ impl<'a> FileRestore<'a> {
 /// When one cannot be made, named by its entry.
 pub fn open_all(restore: &mut FileRestore<'_>, wanted: &dyn Fn(u32) -> bool) -> Result<()> {
     let entries = restore.entries;
-    for (&id, entry) in entries.iter().filter(|(id, _)| wanted(**id)) {
+    let parts = parts_of(entries);
+    for (&id, entry) in entries.iter().filter(|(id, _)| wanted(**id) && !parts.contains(id)) {
         let kind = kind_of(entry)?;
         let file = kind
             .open(entry, restore)
             .map_err(|error| error.object(describe(entry)))?;
         restore.opened.insert(id, file);
     }
-    for entry in entries.values() {
+    let opened: Vec<u32> = restore.opened.keys().copied().collect();
+    for entry in opened.iter().filter_map(|id| entries.get(id)) {
         kind_of(entry)?
             .finish(entry, restore)
             .map_err(|error| error.object(describe(entry)))?;
     }
     Ok(())
+}
+
+/// Entries that are no files of their own but the path of another one (`regf_id`). Opening a FIFO's would block.
+fn parts_of(entries: &BTreeMap<u32, FileEntry>) -> std::collections::HashSet<u32> {
+    let of = |entry: &FileEntry| {
+        let fifo = entry.fifo.as_ref().and_then(|fifo| fifo.regf_id);
+        fifo.or(entry.tty.as_ref().and_then(|tty| tty.regf_id))
+            .filter(|&id| id != entry.id)
+    };
+    entries.values().filter_map(of).collect()
 }
 
 /// The kind that restores an entry.
@@ -273,6 +308,18 @@ pub fn restore_owner(file: BorrowedFd<'_>, owner: &FownEntry) -> Result<()> {
         sys::set_owner_ex(file, owner.pid_type as i32, owner.pid as i32).context("set the owner of a file")?;
     }
     Ok(())
+}
+
+/// Sets the status flags that a file was not made with (O_NONBLOCK, O_APPEND, O_ASYNC …), and its owner.
+///
+/// # Errors
+/// When the file does not take them.
+pub fn restore_flags(file: BorrowedFd<'_>, flags: u32, owner: &FownEntry) -> Result<()> {
+    let settable = (libc::O_APPEND | libc::O_ASYNC | libc::O_DIRECT | libc::O_NOATIME | libc::O_NONBLOCK) as u32;
+    restore_owner(file, owner)?;
+    sys::fcntl_int(file, libc::F_SETFL, (flags & settable) as i32)
+        .context("set the flags of a file")
+        .map(drop)
 }
 
 /// A new open file description for the same file with other flags, by way of `/proc/self/fd`.

@@ -83,7 +83,7 @@ impl FileKind for Pipe {
 }
 
 /// Copies what is in the pipe without taking it out: tee(2) duplicates its buffers into a pipe of ours.
-fn peek(file: &OpenFile) -> Result<Vec<u8>> {
+pub(super) fn peek(file: &OpenFile) -> Result<Vec<u8>> {
     let io = |errno: rustix::io::Errno| std::io::Error::from(errno);
     let reader =
         fd::reopen(file.handle.as_fd(), (libc::O_RDONLY | libc::O_NONBLOCK) as u32).context("open the pipe")?;
@@ -115,28 +115,40 @@ fn peek(file: &OpenFile) -> Result<Vec<u8>> {
 }
 
 fn fill(restore: &FileRestore<'_>, pipe_id: u32, writer: &OwnedFd) -> Result<()> {
-    let Some(mut image) = restore.image("pipes-data.img")? else {
+    let Some((size, data)) = data_of(restore, "pipes-data.img", pipe_id)? else {
         return Ok(());
+    };
+    if let Some(size) = size {
+        sys::fcntl_int(writer.as_fd(), libc::F_SETPIPE_SZ, size as i32).context("set the size of a pipe")?;
+    }
+    sys::fcntl_int(writer.as_fd(), libc::F_SETFL, libc::O_NONBLOCK).context("fill a pipe")?;
+    write_all(writer, &data)
+}
+
+/// Size and contents of a pipe in `image`.
+pub(super) fn data_of(restore: &FileRestore<'_>, image: &str, pipe_id: u32) -> Result<Option<(Option<u32>, Vec<u8>)>> {
+    let Some(mut image) = restore.image(image)? else {
+        return Ok(None);
     };
     while let Some(entry) = image.next::<PipeDataEntry>().context("read pipe data")? {
         if entry.bytes > MAX_DATA {
             return Err(Error::new("read pipe data").because(format!("{} bytes in one pipe", entry.bytes)));
         }
         let data = image.extra(u64::from(entry.bytes)).context("read pipe data")?;
-        if entry.pipe_id != pipe_id {
-            continue;
+        if entry.pipe_id == pipe_id {
+            return Ok(Some((entry.size, data)));
         }
-        if let Some(size) = entry.size {
-            sys::fcntl_int(writer.as_fd(), libc::F_SETPIPE_SZ, size as i32).context("set the size of a pipe")?;
-        }
-        sys::fcntl_int(writer.as_fd(), libc::F_SETFL, libc::O_NONBLOCK).context("fill a pipe")?;
-        let mut rest = &data[..];
-        while !rest.is_empty() {
-            let written = rustix::io::write(writer, rest)
-                .map_err(std::io::Error::from)
-                .context("fill a pipe")?;
-            rest = &rest[written..];
-        }
+    }
+    Ok(None)
+}
+
+/// Writes all of `data` into a pipe that does not wait.
+pub(super) fn write_all(writer: &OwnedFd, mut data: &[u8]) -> Result<()> {
+    while !data.is_empty() {
+        let written = rustix::io::write(writer, data)
+            .map_err(std::io::Error::from)
+            .context("fill a pipe")?;
+        data = &data[written..];
     }
     Ok(())
 }

@@ -120,7 +120,7 @@ pub fn describe_path(source: &Source<'_>, handle: &OwnedFd, id: u32, dump: &mut 
     }
     let name_text = String::from_utf8_lossy(&name).into_owned();
     let object = || name_text.clone();
-    if stat.st_nlink == 0 && kind == libc::S_IFREG {
+    if stat.st_nlink == 0 && matches!(kind, libc::S_IFREG | libc::S_IFIFO) {
         if dump.shared.first(FdTypes::Reg, stat.st_ino ^ stat.st_dev << 40) {
             write_ghost(source, handle, id, dump).map_err(|error| error.object(object()))?;
         } else {
@@ -196,10 +196,15 @@ fn write_ghost(source: &Source<'_>, handle: &OwnedFd, id: u32, dump: &mut FileDu
         size: Some(stat.st_size as u64),
         ..GhostFileEntry::default()
     };
-    let mut contents = File::from(fd::reopen(handle.as_fd(), libc::O_RDONLY as u32).context("open a deleted file")?);
     let mut image = ImageWriter::create(dump.store, &format!("ghost-file-{ghost:x}.img")).context("create an image")?;
     image.write(&entry).context("write a deleted file")?;
-    image.extra_from(&mut contents).context("write a deleted file")?;
+    // What is in a FIFO is in an image of its own.
+    if stat.st_mode & libc::S_IFMT == libc::S_IFREG {
+        let contents = fd::reopen(handle.as_fd(), libc::O_RDONLY as u32).context("open a deleted file")?;
+        image
+            .extra_from(&mut File::from(contents))
+            .context("write a deleted file")?;
+    }
     image.finish().context("write a deleted file")?;
     write_remap(id, ghost, dump)
 }
@@ -284,8 +289,17 @@ fn make_ghost(entry: &RegFileEntry, ghost: u32, restore: &FileRestore<'_>) -> Re
     let oflags =
         rustix::fs::OFlags::RDWR | rustix::fs::OFlags::CREATE | rustix::fs::OFlags::EXCL | rustix::fs::OFlags::CLOEXEC;
     let mode = rustix::fs::Mode::from_raw_mode(meta.mode & 0o7777);
+    let fifo = meta.mode & libc::S_IFMT == libc::S_IFIFO;
     // A file that has the name by now stays; the deleted one then gets a name beside it.
-    let open = |path: &PathBuf| rustix::fs::open(path, oflags, mode).map(|file| (file, path.clone()));
+    let open = |path: &PathBuf| {
+        let oflags = if fifo {
+            rustix::fs::mknodat(rustix::fs::CWD, path, rustix::fs::FileType::Fifo, mode, 0)?;
+            rustix::fs::OFlags::RDWR | rustix::fs::OFlags::NONBLOCK | rustix::fs::OFlags::CLOEXEC
+        } else {
+            oflags
+        };
+        rustix::fs::open(path, oflags, mode).map(|file| (file, path.clone()))
+    };
     let beside = parent.join(format!(".whimbrel-ghost-{}-{ghost}", std::process::id()));
     let (file, made) = open(&unique)
         .or_else(|_| open(&beside))
@@ -293,9 +307,11 @@ fn make_ghost(entry: &RegFileEntry, ghost: u32, restore: &FileRestore<'_>) -> Re
         .context("make a deleted file again")?;
     let filled = (|| -> Result<()> {
         let mut file = File::from(file.try_clone().context("duplicate a descriptor")?);
-        image.copy_rest(&mut file).context("fill a deleted file")?;
-        if let Some(size) = meta.size {
-            file.set_len(size).context("size a deleted file")?;
+        if !fifo {
+            image.copy_rest(&mut file).context("fill a deleted file")?;
+            if let Some(size) = meta.size {
+                file.set_len(size).context("size a deleted file")?;
+            }
         }
         rustix::fs::fchown(
             &file,
@@ -315,9 +331,17 @@ fn make_ghost(entry: &RegFileEntry, ghost: u32, restore: &FileRestore<'_>) -> Re
 /// The GNU build id of an ELF file as little-endian words; empty when it has none.
 pub fn build_id(handle: &OwnedFd) -> Vec<u32> {
     let read = || -> Option<Vec<u32>> {
-        let file = File::from(fd::reopen(handle.as_fd(), (libc::O_RDONLY | libc::O_NONBLOCK) as u32).ok()?);
+        // Opening a file breaks its leases: only what cannot be read through `handle` itself is opened again.
+        let mut file = File::from(handle.try_clone().ok()?);
         let mut head = vec![0u8; 4096];
-        let length = file.read_at(&mut head, 0).ok()?;
+        let length = match file.read_at(&mut head, 0) {
+            Ok(length) => length,
+            Err(_) => {
+                let flags = (libc::O_RDONLY | libc::O_NONBLOCK) as u32;
+                file = File::from(fd::reopen(handle.as_fd(), flags).ok()?);
+                file.read_at(&mut head, 0).ok()?
+            }
+        };
         head.truncate(length);
         elf_build_id(&head, |offset, size| {
             let mut bytes = vec![0u8; size];

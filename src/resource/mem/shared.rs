@@ -31,6 +31,11 @@ impl Segments {
         Ok(self.ids.entry((stat.st_dev, stat.st_ino)).or_insert((next, file)).0)
     }
 
+    /// Image ids by device and inode.
+    pub fn ids(&self) -> HashMap<(u64, u64), u32> {
+        self.ids.iter().map(|(&inode, &(id, _))| (inode, id)).collect()
+    }
+
     /// Writes the contents of all segments.
     ///
     /// # Errors
