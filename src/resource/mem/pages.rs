@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use whimbrel_images::page::{PAGE_SIZE, PageRun};
 
@@ -18,7 +19,7 @@ pub struct Pages {
     memory: RemoteMemory,
     /// For mappings without read permission, which process_vm_readv(2) refuses.
     forced: File,
-    scan: bool,
+    scan: AtomicBool,
 }
 
 impl Pages {
@@ -34,7 +35,7 @@ impl Pages {
             pagemap: open("pagemap")?,
             memory: RemoteMemory::new(pid),
             forced: open("mem")?,
-            scan: true,
+            scan: AtomicBool::new(true),
         })
     }
 
@@ -48,8 +49,8 @@ impl Pages {
     ///
     /// # Errors
     /// When the page table cannot be read.
-    pub fn own(&mut self, start: u64, end: u64, runs: &mut Vec<PageRun>) -> Result<()> {
-        if self.scan {
+    pub fn own(&self, start: u64, end: u64, runs: &mut Vec<PageRun>) -> Result<()> {
+        if self.scan.load(Ordering::Relaxed) {
             let not = Categories::PFNZERO | Categories::FILE;
             let request = ScanRequest {
                 mask: not,
@@ -68,7 +69,7 @@ impl Pages {
                     return Ok(());
                 }
                 // Before Linux 6.7: read the entries themselves.
-                Err(error) if matches!(error.raw_os_error(), Some(libc::ENOTTY | libc::EINVAL)) => self.scan = false,
+                Err(error) if matches!(error.raw_os_error(), Some(libc::ENOTTY | libc::EINVAL)) => self.scan.store(false, Ordering::Relaxed),
                 Err(error) => return Err(Error::new("scan the page table").task(self.pid).because(error)),
             }
         }
@@ -203,7 +204,7 @@ mod tests {
         let offset = (base - memory.as_ptr() as u64) as usize;
         memory[offset + 3 * PAGE_SIZE] = 7;
         memory[offset + 9 * PAGE_SIZE] = 9;
-        let mut pages = Pages::open(std::process::id() as i32).unwrap();
+        let pages = Pages::open(std::process::id() as i32).unwrap();
         let (mut scanned, mut by_entries) = (Vec::new(), Vec::new());
         pages.own(base, base + 32 * PAGE_SIZE as u64, &mut scanned).unwrap();
         pages
