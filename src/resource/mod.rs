@@ -187,6 +187,7 @@ pub static FILE_KINDS: &[&dyn FileKind] = &[
     &fd::timerfd::TimerFd,
     &fd::epoll::Epoll,
     &fd::memfd::Memfd,
+    &fd::tty::Tty,
     // Takes what is left: last.
     &fd::regular::Regular,
 ];

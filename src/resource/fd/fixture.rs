@@ -16,7 +16,7 @@ pub struct Dumped {
     pub store: MemStore,
     pub entries: BTreeMap<u32, FileEntry>,
     pub ids: HashMap<(i32, i32), u32>,
-    options: crate::restore::Options,
+    pub options: crate::restore::Options,
 }
 
 /// Our own id.
@@ -65,15 +65,8 @@ pub fn dump_with(files: &[&dyn AsFd], options: &crate::dump::Options) -> Result<
         store,
         entries,
         ids,
-        options: restore_options(),
+        options: crate::restore::Options::default(),
     })
-}
-
-fn restore_options() -> crate::restore::Options {
-    crate::restore::Options {
-        root: "/".into(),
-        skip_file_validation: false,
-    }
 }
 
 /// [`dump_with`] default options, which must succeed.
@@ -84,19 +77,13 @@ pub fn dump(files: &[&dyn AsFd]) -> Dumped {
 impl Dumped {
     /// The context in which the files are restored.
     pub fn context(&self) -> FileRestore<'_> {
-        FileRestore {
-            store: &self.store,
-            options: &self.options,
-            entries: &self.entries,
-            opened: BTreeMap::new(),
-            held: HashMap::new(),
-        }
+        FileRestore::new(&self.store, &self.options, &self.entries)
     }
 
     /// Opens, finishes and lets go all files.
     pub fn try_restore(&self) -> Result<BTreeMap<u32, OwnedFd>> {
         let mut restore = self.context();
-        open_all(&mut restore)?;
+        open_all(&mut restore, &|_| true)?;
         for entry in self.entries.values() {
             kind_of(entry)?.resume(entry, &mut restore)?;
         }

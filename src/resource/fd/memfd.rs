@@ -276,7 +276,7 @@ mod tests {
         rustix::fs::fcntl_add_seals(&file, seals).unwrap();
         let dumped = fixture::dump(&[&file]);
         let mut restore = dumped.context();
-        fd::open_all(&mut restore).unwrap();
+        fd::open_all(&mut restore, &|_| true).unwrap();
         for (shmid, segment) in segments(&mut restore).unwrap() {
             assert_eq!(shmid, 1);
             File::from(segment).write_all_at(b"contents", 3).unwrap();

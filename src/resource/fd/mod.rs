@@ -11,6 +11,7 @@ pub mod pipe;
 pub mod regular;
 pub mod signalfd;
 pub mod timerfd;
+pub mod tty;
 
 use std::collections::{BTreeMap, HashMap};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -206,7 +207,22 @@ pub struct FileRestore<'a> {
     pub held: HashMap<(FdTypes, u64), OwnedFd>,
 }
 
-impl FileRestore<'_> {
+impl<'a> FileRestore<'a> {
+    /// Nothing restored yet.
+    pub fn new(
+        store: &'a dyn ImageStore,
+        options: &'a crate::restore::Options,
+        entries: &'a BTreeMap<u32, FileEntry>,
+    ) -> Self {
+        FileRestore {
+            store,
+            options,
+            entries,
+            opened: BTreeMap::new(),
+            held: HashMap::new(),
+        }
+    }
+
     /// Leaves a file for the entry that will ask for it.
     pub fn hold(&mut self, kind: FdTypes, key: u64, file: OwnedFd) {
         self.held.insert((kind, key), file);
@@ -225,14 +241,15 @@ impl FileRestore<'_> {
     }
 }
 
-/// Opens all files of the tree in the controller.
+/// Opens the files of the tree that are `wanted` (by a descriptor) in the controller.
 ///
 /// # Errors
 /// When one cannot be made, named by its entry.
-pub fn open_all(restore: &mut FileRestore<'_>) -> Result<()> {
+pub fn open_all(restore: &mut FileRestore<'_>, wanted: &dyn Fn(u32) -> bool) -> Result<()> {
     let entries = restore.entries;
     let parts = parts_of(entries);
-    for (&id, entry) in entries.iter().filter(|(id, _)| !parts.contains(id)) {
+    let wanted = |id: u32| wanted(id) && !parts.contains(&id);
+    for (&id, entry) in entries.iter().filter(|(id, _)| wanted(**id)) {
         let kind = kind_of(entry)?;
         let file = kind
             .open(entry, restore)
