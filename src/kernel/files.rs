@@ -27,14 +27,14 @@ pub struct Plain(libc::c_ulong);
 impl Plain {
     /// Its number, for a call in a program.
     pub fn number(self) -> u64 {
-        self.0 as u64
+        self.0
     }
 }
 
 impl<const N: usize> Set<N> {
     /// Its number, for a call in a program.
     pub fn number(self) -> u64 {
-        self.0 as u64
+        self.0
     }
 }
 

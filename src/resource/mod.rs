@@ -188,6 +188,8 @@ pub static FILE_KINDS: &[&dyn FileKind] = &[
     &fd::epoll::Epoll,
     &fd::memfd::Memfd,
     &fd::tty::Tty,
+    &fd::pidfd::PidFd,
+    &fd::inotify::Inotify,
     // Takes what is left: last.
     &fd::regular::Regular,
 ];

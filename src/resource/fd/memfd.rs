@@ -89,7 +89,7 @@ impl FileKind for Memfd {
     }
 }
 
-/// Is a file, open or mapped, a memfd? A file on disk may have the name of one, but is on another file system.
+/// Is a file, open or mapped, a memfd? (A deleted file of such a name in a root directory is carried as well as one.)
 pub fn is_memfd(link: &[u8], stat: &rustix::fs::Stat) -> bool {
     link.starts_with(PREFIX) && link.ends_with(b" (deleted)") && stat.st_nlink == 0
 }

@@ -519,16 +519,9 @@ mod tests {
     use super::*;
     use crate::resource::fd::fixture;
     use std::os::fd::AsRawFd;
-    use std::sync::{Mutex, MutexGuard};
-
-    /// Pairs have numbers that must be free between dump and restore: one test at a time.
-    fn alone() -> MutexGuard<'static, ()> {
-        static ALONE: Mutex<()> = Mutex::new(());
-        ALONE.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
-    }
 
     fn pair() -> (OwnedFd, OwnedFd) {
-        let flags = rustix::fs::OFlags::RDWR | rustix::fs::OFlags::NOCTTY;
+        let flags = rustix::fs::OFlags::RDWR | rustix::fs::OFlags::NOCTTY | rustix::fs::OFlags::CLOEXEC;
         let master = rustix::fs::open("/dev/ptmx", flags, rustix::fs::Mode::empty()).unwrap();
         files::set(master.as_fd(), files::TIOCSPTLCK, &0i32.to_ne_bytes()).unwrap();
         let slave = files::open_peer(master.as_fd(), libc::O_RDWR | libc::O_NOCTTY).unwrap();
@@ -541,7 +534,7 @@ mod tests {
 
     #[test]
     fn a_pair_keeps_its_name_size_and_settings_and_works_in_both_directions() {
-        let _alone = alone();
+        let _alone = fixture::alone();
         let (master, slave) = pair();
         let second = fd::reopen(
             slave.as_fd(),
@@ -588,7 +581,7 @@ mod tests {
 
     #[test]
     fn a_master_whose_other_end_was_closed_reports_that() {
-        let _alone = alone();
+        let _alone = fixture::alone();
         let (master, slave) = pair();
         drop(slave);
         let dumped = fixture::dump(&[&master]);
@@ -599,7 +592,7 @@ mod tests {
 
     #[test]
     fn an_outer_terminal_needs_the_option_and_unread_input_is_not_lost() {
-        let _alone = alone();
+        let _alone = fixture::alone();
         let (master, slave) = pair();
         let mut options = crate::dump::Options::default();
         let refused = |files: &[&dyn AsFd], options: &crate::dump::Options| {
@@ -614,16 +607,21 @@ mod tests {
         let error = dumped.try_restore().unwrap_err().chain();
         assert!(error.contains("--shell-job"), "{error}");
         rustix::io::write(&master, b"typed\n").unwrap();
-        assert!(refused(&[&slave, &master], &options).contains("have not been read"));
+        let lost = || refused(&[&slave, &master], &options).contains("have not been read");
+        assert!(fixture::eventually(lost));
     }
 
     #[test]
     fn the_session_leader_takes_its_terminal_and_nobody_else_does() {
-        let _alone = alone();
+        let _alone = fixture::alone();
         let (master, slave) = pair();
+        let task = fixture::Task::start(&["setsid", "sleep", "1000"], &slave, &master);
+        let pid = task.pid() as u32;
         let dumped = fixture::dump(&[&slave, &master]);
         let mut infos: Vec<TtyInfoEntry> = whimbrel_images::entry::read_all(&dumped.store, "tty-info.img").unwrap();
-        infos.iter_mut().for_each(|info| (info.sid, info.pgrp) = (42, 43));
+        for info in &mut infos {
+            (info.sid, info.pgrp) = (pid, pid);
+        }
         let mut writer = whimbrel_images::entry::ImageWriter::create(&dumped.store, "tty-info.img").unwrap();
         infos.iter().for_each(|info| writer.write(info).unwrap());
         writer.finish().unwrap();
@@ -636,9 +634,18 @@ mod tests {
             };
             let mut program = Program::new();
             Tty.install_in(&dumped.entries[&id], 0, &task, &mut program).unwrap();
-            program.len()
+            program
         };
-        assert_eq!(calls(1, 42, 42), 2);
-        assert_eq!((calls(1, 43, 42), calls(1, 44, 44), calls(2, 42, 42)), (0, 0, 0));
+        let others = [(1, pid + 1, pid), (1, pid + 1, pid + 1), (2, pid, pid)];
+        assert!(
+            others
+                .iter()
+                .all(|&(id, pid, session)| calls(id, pid, session).is_empty())
+        );
+        task.run(&calls(1, pid, pid));
+        let stat = procfs::stat::parse(&procfs::read(task.pid(), "stat").unwrap()).unwrap();
+        assert_eq!(stat.tty as u64, rustix::fs::fstat(&slave).unwrap().st_rdev);
+        assert_eq!(files::get_int(master.as_fd(), files::TIOCGPGRP).unwrap(), task.pid());
+        assert_eq!(files::get_int(master.as_fd(), files::TIOCGSID).unwrap(), task.pid());
     }
 }
