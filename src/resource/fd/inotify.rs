@@ -265,7 +265,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let file = directory.path().join("a file");
         std::fs::write(&file, "").unwrap();
-        let instance = inotify::init(CreateFlags::NONBLOCK).unwrap();
+        let instance = inotify::init(CreateFlags::NONBLOCK | CreateFlags::CLOEXEC).unwrap();
         let gone = inotify::add_watch(&instance, "/", WatchFlags::DELETE_SELF).unwrap();
         inotify::remove_watch(&instance, gone).unwrap();
         let on_file = inotify::add_watch(&instance, &file, WatchFlags::MODIFY | WatchFlags::ONESHOT).unwrap();
@@ -287,7 +287,7 @@ mod tests {
         let file = directory.path().join("file");
         std::fs::write(&file, "").unwrap();
         let kept = std::fs::File::open(&file).unwrap();
-        let instance = inotify::init(CreateFlags::NONBLOCK).unwrap();
+        let instance = inotify::init(CreateFlags::NONBLOCK | CreateFlags::CLOEXEC).unwrap();
         inotify::add_watch(&instance, &file, WatchFlags::DELETE_SELF).unwrap();
         std::fs::remove_file(&file).unwrap();
         let refused = |file: &OwnedFd| {

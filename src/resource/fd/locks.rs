@@ -306,7 +306,8 @@ mod tests {
         drop(duplicate);
 
         let task = fixture::Task::start(&["sleep", "1000"], &file, &leased);
-        let own = read(&dumped.store).unwrap();
+        let mut own = read(&dumped.store).unwrap();
+        own.sort_unstable_by_key(|lock| lock.flag);
         let mut writer = whimbrel_images::entry::ImageWriter::create(&dumped.store, IMAGE).unwrap();
         for (lock, fd) in own.iter().zip([0, 1]) {
             let pid = task.pid();

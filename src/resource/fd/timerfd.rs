@@ -151,7 +151,7 @@ mod tests {
     use std::time::{Duration, Instant};
 
     fn timer(clock: TimerfdClockId, flags: TimerfdTimerFlags, value: Timespec, interval: Timespec) -> OwnedFd {
-        let file = rustix::time::timerfd_create(clock, TimerfdFlags::NONBLOCK).unwrap();
+        let file = rustix::time::timerfd_create(clock, TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC).unwrap();
         let setting = Itimerspec {
             it_interval: interval,
             it_value: value,
@@ -252,7 +252,7 @@ mod tests {
 
     #[test]
     fn a_disarmed_timer_stays_disarmed() {
-        let file = rustix::time::timerfd_create(TimerfdClockId::Monotonic, TimerfdFlags::empty()).unwrap();
+        let file = rustix::time::timerfd_create(TimerfdClockId::Monotonic, TimerfdFlags::CLOEXEC).unwrap();
         let copy = fixture::carry(&file);
         assert_eq!(fixture::info(&copy), fixture::info(&file));
     }
