@@ -525,6 +525,7 @@ impl Collected {
                     .map_err(|error| error.task(file.pid).object(file.describe()))
                     .err()
             })
+            .chain(fd::locks::check(&dump).err())
             .collect();
         let more = reasons
             .iter()
@@ -573,6 +574,7 @@ impl Collected {
                 .map_err(|error| error.task(file.pid).object(file.describe()))?;
             entries.insert(id, entry);
         }
+        fd::locks::dump(&mut dump)?;
         dump.close()?;
         entries.append(&mut shared.extra);
         Ok(entries)

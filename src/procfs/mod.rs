@@ -4,6 +4,7 @@
 
 pub mod fdinfo;
 pub mod maps;
+pub mod mountinfo;
 pub mod stat;
 pub mod status;
 

@@ -187,6 +187,9 @@ pub static FILE_KINDS: &[&dyn FileKind] = &[
     &fd::timerfd::TimerFd,
     &fd::epoll::Epoll,
     &fd::memfd::Memfd,
+    &fd::tty::Tty,
+    &fd::pidfd::PidFd,
+    &fd::inotify::Inotify,
     // Takes what is left: last.
     &fd::regular::Regular,
 ];

@@ -6,11 +6,15 @@ pub(crate) mod fixture;
 pub mod epoll;
 pub mod eventfd;
 pub mod fifo;
+pub mod inotify;
+pub mod locks;
 pub mod memfd;
+pub mod pidfd;
 pub mod pipe;
 pub mod regular;
 pub mod signalfd;
 pub mod timerfd;
+pub mod tty;
 
 use std::collections::{BTreeMap, HashMap};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -247,7 +251,8 @@ impl<'a> FileRestore<'a> {
 pub fn open_all(restore: &mut FileRestore<'_>, wanted: &dyn Fn(u32) -> bool) -> Result<()> {
     let entries = restore.entries;
     let parts = parts_of(entries);
-    for (&id, entry) in entries.iter().filter(|(id, _)| wanted(**id) && !parts.contains(id)) {
+    let wanted = |id: u32| wanted(id) && !parts.contains(&id);
+    for (&id, entry) in entries.iter().filter(|(id, _)| wanted(**id)) {
         let kind = kind_of(entry)?;
         let file = kind
             .open(entry, restore)
