@@ -69,7 +69,9 @@ impl Pages {
                     return Ok(());
                 }
                 // Before Linux 6.7: read the entries themselves.
-                Err(error) if matches!(error.raw_os_error(), Some(libc::ENOTTY | libc::EINVAL)) => self.scan.store(false, Ordering::Relaxed),
+                Err(error) if matches!(error.raw_os_error(), Some(libc::ENOTTY | libc::EINVAL)) => {
+                    self.scan.store(false, Ordering::Relaxed)
+                }
                 Err(error) => return Err(Error::new("scan the page table").task(self.pid).because(error)),
             }
         }
