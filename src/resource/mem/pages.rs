@@ -59,7 +59,11 @@ impl Pages {
             let request = ScanRequest {
                 mask: not,
                 inverted: not,
-                any_of: if self.swap { Categories::PRESENT | Categories::SWAPPED } else { Categories::PRESENT },
+                any_of: if self.swap {
+                    Categories::PRESENT | Categories::SWAPPED
+                } else {
+                    Categories::PRESENT
+                },
                 returned: Categories::NONE,
                 ..ScanRequest::default()
             };
