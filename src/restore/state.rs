@@ -109,6 +109,14 @@ impl Build {
         self.run(task.entry.pid, &program).map(drop)
     }
 
+    /// As [`Build::settle_task`], for mappings of which only their accounting tells whether they were writable.
+    ///
+    /// # Errors
+    /// When the kernel refuses one.
+    pub fn settle_all(&mut self, task: &TaskImage) -> Result<()> {
+        self.settle_task(task, &|_, _| false)
+    }
+
     /// Restores everything else and leaves the tree at its last step.
     ///
     /// # Errors
