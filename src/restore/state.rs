@@ -13,9 +13,9 @@ use crate::arch;
 use crate::error::{Context, Error, Result};
 use crate::procfs::maps;
 use crate::remote::{Arg, Newborn, Program, Puppet, RemoteAddr, RemoteMemory};
-use crate::resource::fd::{self, FileRestore, regular};
+use crate::resource::fd::{self, FileRestore, memfd, regular};
 use crate::resource::mem::{bounds, mapping, mapping::status};
-use crate::resource::{Stage, TASK_KINDS};
+use crate::resource::{Installing, Stage, TASK_KINDS};
 use crate::tree::{TaskImage, TreeImage, task_state};
 
 /// A tree that is whole and waits for its last step.
@@ -39,9 +39,7 @@ impl Build {
                 .iter()
                 .filter(|vma| vma.status & (status::FILE_PRIVATE | status::FILE_SHARED) != 0)
             {
-                if vma.status & status::MEMFD == 0 {
-                    wanted.insert(vma.shmid as u32, vma.fdflags.unwrap_or(libc::O_RDONLY as u32));
-                }
+                wanted.insert(vma.shmid as u32, vma.fdflags.unwrap_or(libc::O_RDONLY as u32));
             }
             wanted.insert(task.mm.exe_file_id, libc::O_RDONLY as u32);
             wanted.insert(task.fs.cwd_id, libc::O_PATH as u32);
@@ -49,10 +47,21 @@ impl Build {
         }
         let mut files = HashMap::new();
         for (id, flags) in wanted {
-            let entry = image.files.get(&id).and_then(|file| file.reg.as_ref());
-            let entry =
-                entry.ok_or_else(|| Error::new("open a file").because(format!("the image has no file {id}")))?;
-            files.insert(u64::from(id), regular::open_entry(entry, flags, restore)?);
+            let missing = || Error::new("open a file").because(format!("the image has no file {id}"));
+            let entry = image.files.get(&id).ok_or_else(missing)?;
+            let file = match (&entry.memfd, &entry.reg) {
+                (Some(memfd), _) => {
+                    // Their last moment (seals) is that of an open file.
+                    let file = memfd::open_inode(memfd.inode_id, flags, restore)?;
+                    restore
+                        .opened
+                        .insert(id, file.try_clone().context("duplicate a descriptor")?);
+                    file
+                }
+                (None, Some(entry)) => regular::open_entry(entry, flags, restore)?,
+                (None, None) => return Err(missing()),
+            };
+            files.insert(u64::from(id), file);
         }
         Ok(files)
     }
@@ -121,9 +130,16 @@ impl Build {
         let on_paths: HashSet<u32> = paths.keys().map(|&id| id as u32).collect();
         let by_descriptor: HashSet<u32> = image.tasks.iter().flat_map(|task| &task.fds).map(|fd| fd.id).collect();
         fd::open_all(&mut files, &|id| by_descriptor.contains(&id) || !on_paths.contains(&id))?;
+        let numbers: HashMap<(i32, i32), u32> = image
+            .tasks
+            .iter()
+            .flat_map(|task| task.fds.iter().map(|fd| ((task.entry.pid as i32, fd.fd as i32), fd.id)))
+            .collect();
+        fd::locks::restore(&files, &|pid, fd| numbers.get(&(pid, fd)).copied())?;
+        let mut installed = HashSet::new();
         for task in image.tasks.iter().filter(|task| !task.is_zombie()) {
             let pid = task.entry.pid as i32;
-            self.restore_process(task, &files, paths)
+            self.restore_process(task, &files, paths, &mut installed)
                 .map_err(|error| error.task(pid))?;
         }
         for task in image.tasks.iter().filter(|task| !task.is_zombie()) {
@@ -149,6 +165,7 @@ impl Build {
         task: &TaskImage,
         files: &FileRestore<'_>,
         paths: &HashMap<u64, OwnedFd>,
+        installed: &mut HashSet<u32>,
     ) -> Result<()> {
         let pid = task.entry.pid;
         let path = |id: u32| {
@@ -198,9 +215,16 @@ impl Build {
                 Error::new("restore a descriptor").because(format!("the image has no file {}", descriptor.id))
             })?;
             if seen.insert(descriptor.id) {
-                fd::kind_of(entry)?.install(entry, descriptor.fd, &mut program)?;
+                let task = Installing {
+                    pid,
+                    session: task.entry.sid,
+                    first: installed.insert(descriptor.id),
+                    store: files.store,
+                };
+                fd::kind_of(entry)?.install_in(entry, descriptor.fd, &task, &mut program)?;
             }
         }
+        fd::locks::install(files.store, pid, &mut program)?;
         for kind in TASK_KINDS {
             kind.restore(Stage::Process, &task.cores[0], true, &mut program)
                 .map_err(|error| error.object(kind.name()))?;
@@ -469,6 +493,9 @@ pub fn from_directory<'a>(
     let mut build = Build::tasks(&super::Skeleton::of(image), options.clone())?;
     build.segments.make(&image.tasks)?;
     let mut files = FileRestore::new(store, options, &image.files);
+    for (shmid, file) in memfd::segments(&mut files)? {
+        build.segments.adopt(u64::from(shmid), file);
+    }
     let paths = build.open_path_files(image, &mut files)?;
     let has_pages = |pid: u32| {
         let runs = pages
