@@ -27,7 +27,10 @@ impl RunSet {
 
     /// As runs of pages.
     pub fn runs(&self) -> Vec<PageRun> {
-        let run = |&(start, end): &(u64, u64)| PageRun { start, pages: (end - start) / PAGE_SIZE as u64 };
+        let run = |&(start, end): &(u64, u64)| PageRun {
+            start,
+            pages: (end - start) / PAGE_SIZE as u64,
+        };
         self.0.iter().map(run).collect()
     }
 

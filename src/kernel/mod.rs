@@ -1,6 +1,6 @@
 //! What the kernel offers that the crates of this field do not wrap: typed, each with its errors.
 //!
-//! * [`sys`]: single system calls.
+//! * [`sys`]: single system calls; [`socket`]: those on sockets.
 //! * [`files`]: system calls on files.
 //! * [`mm`]: files that can only be made by mapping memory.
 //! * [`nft`]: the network lock: packets of chosen connections are dropped while they are taken apart.
@@ -13,4 +13,5 @@ pub mod mm;
 mod netlink;
 pub mod nft;
 pub mod sock_diag;
+pub mod socket;
 pub mod sys;

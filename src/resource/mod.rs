@@ -82,6 +82,11 @@ pub trait FileKind: Sync {
     /// The image types that it restores.
     fn types(&self) -> &'static [FdTypes];
 
+    /// Does it restore this entry? To be told where kinds share an image type.
+    fn restores(&self, entry: &FileEntry) -> bool {
+        self.types().contains(&entry.r#type())
+    }
+
     /// Is this file of its kind?
     fn recognises(&self, file: &OpenFile) -> bool;
 
@@ -109,6 +114,16 @@ pub trait FileKind: Sync {
     /// # Errors
     /// When it cannot be described.
     fn dump(&self, file: &OpenFile, id: u32, dump: &mut FileDump<'_>) -> Result<FileEntry>;
+
+    /// Called on the source when the tree lives elsewhere and is about to be killed: the file must close without telling
+    /// anyone at its other end. There is no way back from here.
+    ///
+    /// # Errors
+    /// When it would make itself heard.
+    fn abandon(&self, file: &OpenFile) -> Result<()> {
+        let _ = file;
+        Ok(())
+    }
 
     /// Makes the file in the controller. Files that are made in pairs leave the other one in `restore.hold`.
     ///
@@ -190,6 +205,7 @@ pub static FILE_KINDS: &[&dyn FileKind] = &[
     &fd::tty::Tty,
     &fd::pidfd::PidFd,
     &fd::inotify::Inotify,
+    &sock::tcp::Tcp,
     // Takes what is left: last.
     &fd::regular::Regular,
 ];

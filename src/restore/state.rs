@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::os::fd::{AsFd, OwnedFd};
 
-use whimbrel_images::proto::CoreEntry;
+use whimbrel_images::proto::{CoreEntry, VmaEntry};
 use whimbrel_images::store::ImageStore;
 
 use super::build::{TaskBuild, clone_into};
@@ -13,7 +13,7 @@ use crate::arch;
 use crate::error::{Context, Error, Result};
 use crate::procfs::maps;
 use crate::remote::{Arg, Newborn, Program, Puppet, RemoteAddr, RemoteMemory};
-use crate::resource::fd::{self, FileRestore, memfd, regular};
+use crate::resource::fd::{self, FileRestore, locks, memfd, regular};
 use crate::resource::mem::{bounds, mapping, mapping::status};
 use crate::resource::{Installing, Stage, TASK_KINDS};
 use crate::tree::{TaskImage, TreeImage, task_state};
@@ -26,19 +26,19 @@ pub struct Ready<'a> {
 }
 
 impl Build {
-    /// Opens the files that tasks map, execute, or stand in.
+    /// Makes or opens everything that tasks map, execute, or stand in: shared segments, memfds, files by their paths.
     ///
     /// # Errors
     /// When one is missing or another.
-    pub fn open_path_files(&self, image: &TreeImage, restore: &mut FileRestore<'_>) -> Result<HashMap<u64, OwnedFd>> {
+    pub fn open_backing(&mut self, image: &TreeImage, restore: &mut FileRestore<'_>) -> Result<HashMap<u64, OwnedFd>> {
+        self.segments.make(&image.tasks)?;
+        for (id, file) in memfd::segments(restore)? {
+            self.segments.adopt(u64::from(id), file);
+        }
         let mut wanted: BTreeMap<u32, u32> = BTreeMap::new();
         for task in image.tasks.iter().filter(|task| !task.is_zombie()) {
-            for vma in task
-                .mm
-                .vmas
-                .iter()
-                .filter(|vma| vma.status & (status::FILE_PRIVATE | status::FILE_SHARED) != 0)
-            {
+            let backed = |vma: &&VmaEntry| vma.status & (status::FILE_PRIVATE | status::FILE_SHARED) != 0;
+            for vma in task.mm.vmas.iter().filter(backed) {
                 wanted.insert(vma.shmid as u32, vma.fdflags.unwrap_or(libc::O_RDONLY as u32));
             }
             wanted.insert(task.mm.exe_file_id, libc::O_RDONLY as u32);
@@ -49,17 +49,15 @@ impl Build {
         for (id, flags) in wanted {
             let missing = || Error::new("open a file").because(format!("the image has no file {id}"));
             let entry = image.files.get(&id).ok_or_else(missing)?;
-            let file = match (&entry.memfd, &entry.reg) {
-                (Some(memfd), _) => {
-                    // Their last moment (seals) is that of an open file.
+            let file = match &entry.memfd {
+                Some(memfd) => {
+                    // It is an open file to the last: a mapping alone has size and seals, too.
                     let file = memfd::open_inode(memfd.inode_id, flags, restore)?;
-                    restore
-                        .opened
-                        .insert(id, file.try_clone().context("duplicate a descriptor")?);
+                    let copy = file.try_clone().context("duplicate a descriptor")?;
+                    restore.opened.insert(id, copy);
                     file
                 }
-                (None, Some(entry)) => regular::open_entry(entry, flags, restore)?,
-                (None, None) => return Err(missing()),
+                None => regular::open_entry(entry.reg.as_ref().ok_or_else(missing)?, flags, restore)?,
             };
             files.insert(u64::from(id), file);
         }
@@ -130,12 +128,12 @@ impl Build {
         let on_paths: HashSet<u32> = paths.keys().map(|&id| id as u32).collect();
         let by_descriptor: HashSet<u32> = image.tasks.iter().flat_map(|task| &task.fds).map(|fd| fd.id).collect();
         fd::open_all(&mut files, &|id| by_descriptor.contains(&id) || !on_paths.contains(&id))?;
-        let numbers: HashMap<(i32, i32), u32> = image
+        let numbers = image
             .tasks
             .iter()
-            .flat_map(|task| task.fds.iter().map(|fd| ((task.entry.pid as i32, fd.fd as i32), fd.id)))
-            .collect();
-        fd::locks::restore(&files, &|pid, fd| numbers.get(&(pid, fd)).copied())?;
+            .flat_map(|task| task.fds.iter().map(|fd| ((task.entry.pid as i32, fd.fd as i32), fd.id)));
+        let numbers: HashMap<(i32, i32), u32> = numbers.collect();
+        locks::restore(&files, &|pid, fd| numbers.get(&(pid, fd)).copied())?;
         let mut installed = HashSet::new();
         for task in image.tasks.iter().filter(|task| !task.is_zombie()) {
             let pid = task.entry.pid as i32;
@@ -209,22 +207,20 @@ impl Build {
         self.install_descriptors(task, files)?;
         let mut program = Program::new();
         let mut seen = HashSet::new();
-        for descriptor in &task.fds {
-            let entry = files.entries.get(&descriptor.id);
-            let entry = entry.ok_or_else(|| {
-                Error::new("restore a descriptor").because(format!("the image has no file {}", descriptor.id))
-            })?;
-            if seen.insert(descriptor.id) {
-                let task = Installing {
-                    pid,
-                    session: task.entry.sid,
-                    first: installed.insert(descriptor.id),
-                    store: files.store,
-                };
-                fd::kind_of(entry)?.install_in(entry, descriptor.fd, &task, &mut program)?;
-            }
+        for descriptor in task.fds.iter().filter(|descriptor| seen.insert(descriptor.id)) {
+            let missing =
+                || Error::new("restore a descriptor").because(format!("the image has no file {}", descriptor.id));
+            let entry = files.entries.get(&descriptor.id).ok_or_else(missing)?;
+            let first = installed.insert(descriptor.id);
+            let target = Installing {
+                pid,
+                session: task.entry.sid,
+                first,
+                store: files.store,
+            };
+            fd::kind_of(entry)?.install_in(entry, descriptor.fd, &target, &mut program)?;
         }
-        fd::locks::install(files.store, pid, &mut program)?;
+        locks::install(files.store, pid, &mut program)?;
         for kind in TASK_KINDS {
             kind.restore(Stage::Process, &task.cores[0], true, &mut program)
                 .map_err(|error| error.object(kind.name()))?;
@@ -491,12 +487,8 @@ pub fn from_directory<'a>(
     options: &'a super::Options,
 ) -> Result<Ready<'a>> {
     let mut build = Build::tasks(&super::Skeleton::of(image), options.clone())?;
-    build.segments.make(&image.tasks)?;
     let mut files = FileRestore::new(store, options, &image.files);
-    for (shmid, file) in memfd::segments(&mut files)? {
-        build.segments.adopt(u64::from(shmid), file);
-    }
-    let paths = build.open_path_files(image, &mut files)?;
+    let paths = build.open_backing(image, &mut files)?;
     let has_pages = |pid: u32| {
         let runs = pages
             .runs(whimbrel_images::page::MemoryObject::Task(pid))

@@ -37,16 +37,28 @@ impl WpAsync {
     /// When it cannot be stopped for a moment, uses userfaultfd itself, or the kernel lacks WP_ASYNC (before 6.7).
     pub fn attach(pid: i32, cache: &mut GadgetCache) -> Result<WpAsync> {
         let maps = procfs::maps::parse(&procfs::read(pid, "smaps")?)?;
-        if maps.iter().any(|map| map.has(b"um") || map.has(b"uw") || map.has(b"ui")) {
-            return Err(Error::new("watch memory").task(pid).because("the program uses userfaultfd itself"));
+        if maps
+            .iter()
+            .any(|map| map.has(b"um") || map.has(b"uw") || map.has(b"ui"))
+        {
+            return Err(Error::new("watch memory")
+                .task(pid)
+                .because("the program uses userfaultfd itself"));
         }
         let gadgets = Gadgets::find(pid, &maps, cache)?;
         let uffd = make_userfaultfd(pid, &maps, gadgets)?;
         let features = Features::WP_ASYNC | Features::PAGEFAULT_FLAG_WP | Features::WP_UNPOPULATED;
         uffd.api(features).with(|| {
-            Error::new("watch memory").task(pid).hint("asynchronous write protection needs Linux 6.7; use --mode post-copy without it")
+            Error::new("watch memory")
+                .task(pid)
+                .hint("asynchronous write protection needs Linux 6.7; use --mode post-copy without it")
         })?;
-        Ok(WpAsync { pid, uffd, pages: Pages::open(pid)?, registered: RunSet::default() })
+        Ok(WpAsync {
+            pid,
+            uffd,
+            pages: Pages::open(pid)?,
+            registered: RunSet::default(),
+        })
     }
 
     /// Registers a mapping where that is possible and worth it.
@@ -121,7 +133,10 @@ impl Tracker for WpAsync {
             populated.extend_from_slice(own.ranges());
         }
         self.registered = RunSet::from_ranges(registered);
-        Ok(Look { dirty: RunSet::from_ranges(dirty), populated: RunSet::from_ranges(populated) })
+        Ok(Look {
+            dirty: RunSet::from_ranges(dirty),
+            populated: RunSet::from_ranges(populated),
+        })
     }
 
     fn name(&self) -> &'static str {
@@ -159,7 +174,10 @@ mod tests {
             .stdout(Stdio::piped())
             .spawn()
             .unwrap();
-        let (mut input, mut output) = (child.stdin.take().unwrap(), BufReader::new(child.stdout.take().unwrap()));
+        let (mut input, mut output) = (
+            child.stdin.take().unwrap(),
+            BufReader::new(child.stdout.take().unwrap()),
+        );
         let mut line = String::new();
         output.read_line(&mut line).unwrap();
         let base: u64 = line.trim().parse().unwrap();
@@ -168,7 +186,11 @@ mod tests {
         let mut tracker = WpAsync::attach(pid, &mut GadgetCache::default()).unwrap();
         let area = RunSet::from_ranges(vec![(base, base + 64 * 4096)]);
         let first = tracker.look(&maps()).unwrap();
-        assert_eq!(first.dirty.intersect(&area).pages(), 32, "the first look finds everything");
+        assert_eq!(
+            first.dirty.intersect(&area).pages(),
+            32,
+            "the first look finds everything"
+        );
         let mut write = |pages: &[u64]| {
             let words: Vec<String> = pages.iter().map(u64::to_string).collect();
             input.write_all(format!("{}\n", words.join(" ")).as_bytes()).unwrap();
@@ -179,7 +201,10 @@ mod tests {
         for pages in [vec![3, 7, 8, 40], vec![7], vec![], vec![63, 0]] {
             write(&pages);
             let look = tracker.look(&maps()).unwrap();
-            let mut want: Vec<_> = pages.iter().map(|page| (base + page * 4096, base + page * 4096 + 4096)).collect();
+            let mut want: Vec<_> = pages
+                .iter()
+                .map(|page| (base + page * 4096, base + page * 4096 + 4096))
+                .collect();
             want.sort();
             assert_eq!(look.dirty.intersect(&area), RunSet::from_ranges(want));
         }

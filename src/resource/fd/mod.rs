@@ -284,15 +284,12 @@ fn parts_of(entries: &BTreeMap<u32, FileEntry>) -> std::collections::HashSet<u32
 /// When no kind of ours does.
 pub fn kind_of(entry: &FileEntry) -> Result<&'static dyn FileKind> {
     let kinds = crate::resource::FILE_KINDS.iter();
-    kinds
-        .copied()
-        .find(|kind| kind.types().contains(&entry.r#type()))
-        .ok_or_else(|| {
-            Error::new("restore a file").object(describe(entry)).because(format!(
-                "files of type {} are not supported yet",
-                entry.r#type().as_str_name()
-            ))
-        })
+    kinds.copied().find(|kind| kind.restores(entry)).ok_or_else(|| {
+        Error::new("restore a file").object(describe(entry)).because(format!(
+            "files of type {} are not supported yet",
+            entry.r#type().as_str_name()
+        ))
+    })
 }
 
 /// Names an entry in messages.

@@ -20,6 +20,9 @@ pub struct Pages {
     /// For mappings without read permission, which process_vm_readv(2) refuses.
     forced: File,
     scan: AtomicBool,
+    /// Is there anywhere to swap to? Without, the kernel's marks on write-protected pages that were never touched, which it
+    /// shows as swapped, can be told from contents.
+    swap: bool,
 }
 
 impl Pages {
@@ -36,6 +39,7 @@ impl Pages {
             memory: RemoteMemory::new(pid),
             forced: open("mem")?,
             scan: AtomicBool::new(true),
+            swap: std::fs::read_to_string("/proc/swaps").map_or(true, |text| text.lines().count() > 1),
         })
     }
 
@@ -55,7 +59,11 @@ impl Pages {
             let request = ScanRequest {
                 mask: not,
                 inverted: not,
-                any_of: Categories::PRESENT | Categories::SWAPPED,
+                any_of: if self.swap {
+                    Categories::PRESENT | Categories::SWAPPED
+                } else {
+                    Categories::PRESENT
+                },
                 returned: Categories::NONE,
                 ..ScanRequest::default()
             };
@@ -69,7 +77,9 @@ impl Pages {
                     return Ok(());
                 }
                 // Before Linux 6.7: read the entries themselves.
-                Err(error) if matches!(error.raw_os_error(), Some(libc::ENOTTY | libc::EINVAL)) => self.scan.store(false, Ordering::Relaxed),
+                Err(error) if matches!(error.raw_os_error(), Some(libc::ENOTTY | libc::EINVAL)) => {
+                    self.scan.store(false, Ordering::Relaxed)
+                }
                 Err(error) => return Err(Error::new("scan the page table").task(self.pid).because(error)),
             }
         }
