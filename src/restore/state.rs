@@ -50,7 +50,13 @@ impl Build {
             let missing = || Error::new("open a file").because(format!("the image has no file {id}"));
             let entry = image.files.get(&id).ok_or_else(missing)?;
             let file = match &entry.memfd {
-                Some(memfd) => memfd::open_inode(memfd.inode_id, flags, restore)?,
+                Some(memfd) => {
+                    // It is an open file to the last: a mapping alone has size and seals, too.
+                    let file = memfd::open_inode(memfd.inode_id, flags, restore)?;
+                    let copy = file.try_clone().context("duplicate a descriptor")?;
+                    restore.opened.insert(id, copy);
+                    file
+                }
                 None => regular::open_entry(entry.reg.as_ref().ok_or_else(missing)?, flags, restore)?,
             };
             files.insert(u64::from(id), file);

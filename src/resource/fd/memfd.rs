@@ -70,19 +70,23 @@ impl FileKind for Memfd {
         Ok(file)
     }
 
-    /// Seals come last: they forbid what filling the memory needs.
+    /// Size and seals come last: the contents were written in whole pages, which seals would have forbidden.
     fn resume(&self, entry: &FileEntry, restore: &mut FileRestore<'_>) -> Result<()> {
         let inode_id = memfd_of(entry)?.inode_id;
-        let seals = SealFlags::from_bits_retain(inode(inode_id, restore)?.seals);
+        let inode = inode(inode_id, restore)?;
+        let seals = SealFlags::from_bits_retain(inode.seals);
         let Some(file) = restore.held.get(&(FdTypes::Memfd, u64::from(inode_id))) else {
             return Ok(());
         };
         let now = rustix::fs::fcntl_get_seals(file)
             .map_err(std::io::Error::from)
             .context("ask for the seals of a memfd")?;
-        if now.contains(seals) {
+        if !seals.is_empty() && now.contains(seals) {
             return Ok(());
         }
+        rustix::fs::ftruncate(file, inode.size)
+            .map_err(std::io::Error::from)
+            .with(|| Error::new("size a memfd").object(format!("memfd {inode_id}")))?;
         rustix::fs::fcntl_add_seals(file, seals)
             .map_err(std::io::Error::from)
             .with(|| Error::new("seal a memfd").object(format!("memfd {inode_id}")))

@@ -59,6 +59,13 @@ impl FileKind for Tty {
     fn check(&self, file: &OpenFile, dump: &FileDump<'_>) -> Result<()> {
         let refused = |why: &str| Err(Error::new("carry a terminal").because(why.to_owned()));
         let which = which(file)?;
+        if which == Which::Current {
+            let device = files::get_int(file.handle.as_fd(), files::TIOCGDEV).unwrap_or(0) as u32 as u64;
+            let ours = SLAVES.contains(&rustix::fs::major(device)) && master_of(slave_index(device), dump).is_some();
+            if ours {
+                return refused("a terminal of the tree that was opened as /dev/tty is not supported yet");
+            }
+        }
         let (Which::Master(index) | Which::Slave(index)) = which else {
             return check_outside(dump);
         };
