@@ -4,6 +4,7 @@
 
 pub mod fdinfo;
 pub mod maps;
+pub mod multicast;
 pub mod stat;
 pub mod status;
 
