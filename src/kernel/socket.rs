@@ -145,3 +145,72 @@ pub fn with_option<T>(
     set_socket_option_int(socket, level, name, before)?;
     result
 }
+
+/// `MCAST_MSFILTER` of `IPPROTO_IP` and `IPPROTO_IPV6`.
+pub const MCAST_MSFILTER: i32 = 48;
+/// `MCAST_JOIN_GROUP`.
+pub const MCAST_JOIN_GROUP: i32 = 42;
+/// Bytes of a `sockaddr_storage`.
+pub const STORAGE: usize = 128;
+/// Where a `group_filter` has its group's address, after the interface.
+pub const GROUP_AT: usize = 8;
+/// Where it has its mode (0: all but the sources, 1: only the sources), and the number of sources.
+pub const MODE_AT: usize = GROUP_AT + STORAGE;
+const SOURCES_AT: usize = MODE_AT + 8;
+/// Sources of one group that are asked for; the kernel's own limits are 10 (IPv4) and 64 (IPv6) unless changed.
+const MOST_SOURCES: usize = 256;
+const _: () = assert!(size_of::<libc::sockaddr_storage>() == STORAGE && align_of::<libc::sockaddr_storage>() == 8);
+
+/// An address as a `sockaddr_storage` has it.
+pub fn storage(ip: std::net::IpAddr) -> [u8; STORAGE] {
+    let mut bytes = [0u8; STORAGE];
+    let (family, at, octets) = match ip {
+        std::net::IpAddr::V4(ip) => (libc::AF_INET, 4, ip.octets().to_vec()),
+        std::net::IpAddr::V6(ip) => (libc::AF_INET6, 8, ip.octets().to_vec()),
+    };
+    bytes[..2].copy_from_slice(&(family as u16).to_ne_bytes());
+    bytes[at..at + octets.len()].copy_from_slice(&octets);
+    bytes
+}
+
+/// The socket's membership of a multicast group on an interface, as a `group_filter`; `None` when it is no member.
+///
+/// # Errors
+/// ENOBUFS when it has more sources than anyone may have; ENOPROTOOPT for sockets of streams.
+pub fn multicast_filter(
+    socket: BorrowedFd<'_>,
+    level: i32,
+    interface: u32,
+    group: std::net::IpAddr,
+) -> io::Result<Option<Vec<u8>>> {
+    let mut filter = vec![0u8; SOURCES_AT + MOST_SOURCES * STORAGE];
+    filter[..4].copy_from_slice(&interface.to_ne_bytes());
+    filter[GROUP_AT..MODE_AT].copy_from_slice(&storage(group));
+    filter[MODE_AT + 4..SOURCES_AT].copy_from_slice(&(MOST_SOURCES as u32).to_ne_bytes());
+    let mut length = filter.len() as libc::socklen_t;
+    // SAFETY: the kernel reads the head of `filter`, and writes at most as many sources as that says there is room for.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            level,
+            MCAST_MSFILTER,
+            filter.as_mut_ptr().cast(),
+            &mut length,
+        )
+    };
+    if result < 0 {
+        let error = io::Error::last_os_error();
+        return match error.raw_os_error() {
+            Some(libc::EADDRNOTAVAIL) => Ok(None),
+            _ => Err(error),
+        };
+    }
+    let count = filter[MODE_AT + 4..]
+        .first_chunk()
+        .map_or(0, |count| u32::from_ne_bytes(*count) as usize);
+    if count > MOST_SOURCES {
+        return Err(io::Error::from_raw_os_error(libc::ENOBUFS));
+    }
+    filter.truncate(SOURCES_AT + count * STORAGE);
+    Ok(Some(filter))
+}

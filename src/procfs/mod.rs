@@ -5,6 +5,7 @@
 pub mod fdinfo;
 pub mod maps;
 pub mod mountinfo;
+pub mod multicast;
 pub mod stat;
 pub mod status;
 

@@ -206,6 +206,7 @@ pub static FILE_KINDS: &[&dyn FileKind] = &[
     &fd::pidfd::PidFd,
     &fd::inotify::Inotify,
     &sock::tcp::Tcp,
+    &sock::udp::Udp,
     // Takes what is left: last.
     &fd::regular::Regular,
 ];

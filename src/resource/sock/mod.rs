@@ -3,6 +3,7 @@
 //! | file | sockets |
 //! |---|---|
 //! | [`tcp`] | TCP over IPv4 and IPv6 |
+//! | [`udp`] | UDP over IPv4 and IPv6 |
 //!
 //! [`options`] has what all sockets share, [`inet`] what TCP and UDP do.
 
@@ -11,6 +12,7 @@ pub mod options;
 pub mod tcp;
 #[cfg(test)]
 mod testing;
+pub mod udp;
 
 use std::os::fd::BorrowedFd;
 

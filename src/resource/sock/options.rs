@@ -41,6 +41,8 @@ pub enum RawKind {
     Interface,
     /// A matter of speed only: where the destination lacks it, a warning will do.
     Preference,
+    /// Read and set by the kind itself.
+    OfItsKind,
 }
 
 /// One row: level, name, text, length, kind.
@@ -145,6 +147,9 @@ fn raw(socket: BorrowedFd<'_>, tables: &[&[RawOption]]) -> Result<Vec<SkRawOptio
         .context("make a socket to compare with")?;
     let mut found = Vec::new();
     for option in std::iter::once(&COMMON).chain(tables).copied().flatten() {
+        if option.kind == RawKind::OfItsKind {
+            continue;
+        }
         let read = |socket: BorrowedFd<'_>| socket_option(socket, option.level, option.name, option.length).ok();
         let Some(value) = read(socket) else { continue };
         if read(fresh.as_fd()).as_ref() == Some(&value) {
@@ -346,7 +351,7 @@ fn set_raw(socket: BorrowedFd<'_>, opts: &SkOptsEntry, tables: &[&[RawOption]], 
             }
             continue;
         };
-        if late != (option.kind == RawKind::Late) {
+        if late != (option.kind == RawKind::Late) || option.kind == RawKind::OfItsKind {
             continue;
         }
         let mut value = entry.value.clone();
