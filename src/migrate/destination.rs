@@ -180,7 +180,7 @@ fn serve(
         send(session, Body::Finished(finished)).ok();
     }
     session.close_blocking().ok();
-    pump.finished_blocking();
+    let _ = pump.finished_blocking();
     Ok(Outcome::Running { pid })
 }
 

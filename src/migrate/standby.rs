@@ -77,27 +77,6 @@ impl Standby {
         Some(bytes)
     }
 
-    /// Moves what is in mapped memory to what waits, before it is unmapped there.
-    ///
-    /// # Errors
-    /// When it cannot be read.
-    pub fn rescue(&mut self, pid: u32, ranges: &RunSet) -> Result<()> {
-        let Some(task) = self.tasks.get(&pid) else { return Ok(()) };
-        let mut runs = Vec::new();
-        for &(start, end) in ranges.ranges() {
-            task.pages.own(start, end, &mut runs)?;
-        }
-        for run in runs {
-            for page in 0..run.pages {
-                let one = PageRun { start: run.start + page * PAGE, pages: 1 };
-                let mut bytes = vec![0u8; PAGE_SIZE];
-                task.pages.read(&[one], &mut bytes)?;
-                self.waiting.insert((MemoryObject::Task(pid), one.start), bytes.into_boxed_slice());
-            }
-        }
-        Ok(())
-    }
-
     fn write(&mut self, object: MemoryObject, run: PageRun, data: &[u8]) -> io::Result<()> {
         let staged = match object {
             MemoryObject::Task(pid) => self.tasks.get(&pid),

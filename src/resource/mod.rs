@@ -109,6 +109,15 @@ pub trait FileKind: Sync {
         Ok(())
     }
 
+    /// The connection behind the file, if it is one whose packets must be kept away while the tree is taken apart.
+    ///
+    /// # Errors
+    /// When it cannot be asked.
+    fn connection(&self, file: &OpenFile) -> Result<Option<crate::kernel::nft::Connection>> {
+        let _ = file;
+        Ok(None)
+    }
+
     /// Describes the file. Called once per open file description, with the tree frozen and the network locked.
     ///
     /// # Errors

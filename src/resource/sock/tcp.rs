@@ -40,6 +40,7 @@ use whimbrel_images::proto::{FdTypes, FileEntry, InetSkEntry, SkShutdown, TcpOpt
 use super::inet::{self, Ends, state};
 use super::options::{self, RawOption, raw_options};
 use crate::error::{Context, Error, Result};
+use crate::kernel::nft::{Connection, Protocol};
 use crate::kernel::socket::{SIOCINQ, SIOCOUTQ, SIOCOUTQNSD, queue_length};
 use crate::kernel::sys::{set_socket_option, set_socket_option_int, socket_option, socket_option_int};
 use crate::resource::FileKind;
@@ -213,6 +214,12 @@ impl FileKind for Tcp {
             isk: Some(entry),
             ..FileEntry::default()
         })
+    }
+
+    fn connection(&self, file: &OpenFile) -> Result<Option<Connection>> {
+        let ends = Ends::of(file.handle.as_fd())?;
+        let connected = ends.remote.port() != 0;
+        Ok(connected.then_some(Connection { protocol: Protocol::Tcp, local: ends.local, remote: ends.remote }))
     }
 
     fn abandon(&self, file: &OpenFile) -> Result<()> {
