@@ -136,7 +136,6 @@ struct LookedTask {
     sent: RunSet,
     /// Pages whose last known contents the destination does not have.
     owed: RunSet,
-    staged: RunSet,
 }
 
 impl Looked {
@@ -175,14 +174,12 @@ impl Looked {
                 let maps = procfs::maps::parse(&procfs::read(pid, "smaps")?)?;
                 describe_memory(pid, &maps, &stat, &mut shape, begin, &mut files)?;
                 look_at_files(pid, options, begin)?;
-                let staged = staged_ranges(&maps);
                 looked.tasks.push(LookedTask {
                     pid,
                     inner: number,
                     tracker: None,
                     sent: RunSet::default(),
                     owed: RunSet::default(),
-                    staged,
                 });
                 queue.extend(crate::tree::children_of(pid)?.into_iter().map(|child| (child, number)));
             }
@@ -206,8 +203,8 @@ fn read_ids(pid: i32) -> Result<(procfs::stat::Stat, procfs::status::Status)> {
     Ok((procfs::stat::parse(&procfs::read(pid, "stat")?)?, procfs::status::parse(&procfs::read(pid, "status")?)?))
 }
 
-fn staged_ranges(maps: &[Mapping]) -> RunSet {
-    RunSet::from_ranges(maps.iter().filter(|map| track::is_staged(map)).map(|map| (map.start, map.end)).collect())
+fn watched_ranges(maps: &[Mapping]) -> RunSet {
+    RunSet::from_ranges(maps.iter().filter(|map| track::is_watched(map)).map(|map| (map.start, map.end)).collect())
 }
 
 /// Mappings of a task, what they need of the other host, and whether all of them can be carried.
@@ -541,10 +538,10 @@ fn send_round(task: &mut LookedTask, sender: &PageSender, go_on: &dyn Fn() -> Re
         Err(_) => return Ok(()),
     };
     let look = tracker.look(&maps)?;
-    let staged = task.staged.intersect(&staged_ranges(&maps));
+    let watched = watched_ranges(&maps);
     // What an earlier attempt found and did not deliver is still owed.
-    let dirty = look.dirty.union(&task.owed).intersect(&staged).intersect(&look.populated);
-    let gone = task.sent.intersect(&staged).subtract(&look.populated);
+    let dirty = look.dirty.union(&task.owed).intersect(&watched).intersect(&look.populated);
+    let gone = task.sent.subtract(&look.populated);
     task.owed = dirty.clone();
     let object = MemoryObject::Task(task.inner);
     let mut sink = sender.clone();
@@ -633,7 +630,7 @@ fn select_last(
         && let Some(tracker) = &mut task.tracker
     {
         let look = tracker.look(&maps)?;
-        let delivered = task.sent.intersect(&task.staged).subtract(&look.dirty).subtract(&task.owed).intersect(&look.populated);
+        let delivered = task.sent.subtract(&look.dirty).subtract(&task.owed).intersect(&look.populated);
         needed = own.subtract(&delivered);
         gone = task.sent.subtract(&own);
     }

@@ -7,7 +7,7 @@ use std::os::fd::AsFd;
 
 use whimbrel_lazy::ioctl::{self, Categories, Features, RegisterMode, ScanFlags, ScanRequest, Userfault};
 
-use super::{Look, Tracker, is_staged};
+use super::{Look, Tracker, is_watched};
 use crate::dump::runs::RunSet;
 use crate::error::{Context, Error, Result};
 use crate::kernel::sys;
@@ -64,7 +64,7 @@ impl WpAsync {
     /// Registers a mapping where that is possible and worth it.
     fn register(&self, map: &Mapping, populated: u64) -> bool {
         let sparse = map.len() > LARGE && populated.saturating_mul(16) < map.len();
-        let watchable = map.prot & libc::PROT_WRITE != 0 && !sparse;
+        let watchable = (map.prot & libc::PROT_WRITE != 0 || populated > 0) && !sparse;
         watchable && self.uffd.register(map.start, map.len(), RegisterMode::WP).is_ok()
     }
 }
@@ -101,7 +101,7 @@ impl Tracker for WpAsync {
             ..ScanRequest::default()
         };
         let (mut dirty, mut populated, mut registered) = (Vec::new(), Vec::new(), Vec::new());
-        for map in maps.iter().filter(|map| is_staged(map)) {
+        for map in maps.iter().filter(|map| is_watched(map)) {
             let mut found = Vec::new();
             let range = RunSet::from_ranges(vec![(map.start, map.end)]);
             let known = self.registered.intersect(&range) == range;
