@@ -1,11 +1,13 @@
 //! What the kernel offers that the crates of this field do not wrap: typed, each with its errors.
 //!
 //! * [`sys`]: system calls that the crates lack; [`socket`]: those on sockets.
+//! * [`message`]: looking at queued messages.
 //! * [`nft`]: the network lock: packets of chosen connections are dropped while they are taken apart.
 //! * [`sock_diag`]: the sockets of a network namespace, as the kernel lists them.
 //! * [`features`]: what this kernel can do, found out by trying.
 
 pub mod features;
+pub mod message;
 mod netlink;
 pub mod nft;
 pub mod sock_diag;

@@ -160,4 +160,10 @@ pub static TASK_KINDS: &[&dyn TaskKind] = &[
 ];
 
 /// All kinds of files. The first that recognises a file takes it.
-pub static FILE_KINDS: &[&dyn FileKind] = &[&fd::pipe::Pipe, &sock::tcp::Tcp, &sock::udp::Udp, &fd::regular::Regular];
+pub static FILE_KINDS: &[&dyn FileKind] = &[
+    &fd::pipe::Pipe,
+    &sock::tcp::Tcp,
+    &sock::udp::Udp,
+    &sock::unix::Unix,
+    &fd::regular::Regular,
+];

@@ -106,6 +106,8 @@ pub struct Shared {
     pub seen: std::collections::HashSet<(i32, u64)>,
     /// Numbers of the ghost files, by device and inode of the deleted file.
     pub ghosts: HashMap<(u64, u64), u32>,
+    /// The unix sockets of the network namespace.
+    pub unix: std::cell::OnceCell<crate::resource::sock::unix::Facts>,
     next_ghost: u32,
 }
 

@@ -72,7 +72,7 @@ static COMMON: &[RawOption] = raw_options![
     SOL, 61, "SO_TXTIME", 8, Early;
     SOL, 69, "SO_PREFER_BUSY_POLL", 4, Preference;
     SOL, 75, "SO_RCVMARK", 4, Early;
-    SOL, 76, "SO_PASSPIDFD", 4, Early;
+    SOL, 76, "SO_PASSPIDFD", 4, Late;
     SOL, 82, "SO_RCVPRIORITY", 4, Early;
 ];
 
@@ -246,8 +246,6 @@ pub fn before(socket: BorrowedFd<'_>, opts: &SkOptsEntry, tables: &[&[RawOption]
     set_changed(socket, libc::SO_NO_CHECK, "SO_NO_CHECK", flag(opts.so_no_check))?;
     set_changed(socket, libc::SO_BROADCAST, "SO_BROADCAST", flag(opts.so_broadcast))?;
     set_changed(socket, libc::SO_OOBINLINE, "SO_OOBINLINE", word(opts.so_oobinline))?;
-    set_changed(socket, libc::SO_PASSCRED, "SO_PASSCRED", flag(opts.so_passcred))?;
-    set_changed(socket, libc::SO_PASSSEC, "SO_PASSSEC", flag(opts.so_passsec))?;
     set_timeout(socket, libc::SO_SNDTIMEO, opts.so_snd_tmo_sec, opts.so_snd_tmo_usec)?;
     set_timeout(socket, libc::SO_RCVTIMEO, opts.so_rcv_tmo_sec, opts.so_rcv_tmo_usec)?;
     set_raw(socket, opts, tables, false)
@@ -259,6 +257,14 @@ pub fn before(socket: BorrowedFd<'_>, opts: &SkOptsEntry, tables: &[&[RawOption]
 /// When an option cannot be set, named.
 pub fn after(socket: BorrowedFd<'_>, opts: &SkOptsEntry, tables: &[&[RawOption]]) -> Result<()> {
     let word = |value: Option<u32>| value.map(|value| value as i32);
+    // A unix socket that wants credentials gets a name of its own as soon as it sends or connects: unix(7), autobind.
+    set_changed(
+        socket,
+        libc::SO_PASSCRED,
+        "SO_PASSCRED",
+        opts.so_passcred.map(i32::from),
+    )?;
+    set_changed(socket, libc::SO_PASSSEC, "SO_PASSSEC", opts.so_passsec.map(i32::from))?;
     set_changed(socket, libc::SO_PRIORITY, "SO_PRIORITY", word(opts.so_priority))?;
     set_changed(
         socket,
