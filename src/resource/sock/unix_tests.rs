@@ -530,8 +530,7 @@ fn damaged_images_are_refused() {
             store: image.store.clone(),
             entries,
         };
-        let result = testing::try_open(&image).err().map(|error| error.chain());
-        result
+        testing::try_open(&image).err().map(|error| error.chain())
     };
     let other_ino = image.entries[&2].usk.as_ref().unwrap().ino;
     assert_eq!(broken(&|_| {}), None);
@@ -539,4 +538,71 @@ fn damaged_images_are_refused() {
     assert!(broken(&|entry| entry.ino = other_ino).is_some(), "one socket twice");
     assert!(broken(&|entry| entry.r#type = 77).is_some());
     assert!(broken(&|entry| entry.name = vec![b'x'; 200]).is_some());
+}
+
+#[test]
+fn crit_reads_images_of_sockets() {
+    if let Err(error) = std::process::Command::new("crit").arg("--help").output() {
+        println!("skipped: crit cannot be run: {error}");
+        return;
+    }
+    let directory = Directory::new("crit");
+    let listener = UnixListener::bind(directory.path("socket")).unwrap();
+    let (one, other) = UnixStream::pair().unwrap();
+    send_rights(&one, b"queued", &[one.as_fd()]);
+    let tcp = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let client = std::net::TcpStream::connect(tcp.local_addr().unwrap()).unwrap();
+    let server = tcp.accept().unwrap().0;
+    set_socket_option_int(server.as_fd(), libc::IPPROTO_TCP, libc::TCP_USER_TIMEOUT, 1234).unwrap();
+    (&mut &client).write_all(b"unread").unwrap();
+    std::thread::sleep(Duration::from_millis(50));
+    let sockets = [
+        owned(listener),
+        owned(one),
+        owned(other),
+        owned(tcp),
+        owned(client),
+        owned(server),
+    ];
+    let image = testing::dump(&testing::tree(sockets.iter().map(testing::look).collect()));
+    let mut writer = whimbrel_images::entry::ImageWriter::create(&image.store, "files.img").unwrap();
+    image.entries.values().for_each(|entry| writer.write(entry).unwrap());
+    writer.finish().unwrap();
+    let stream = format!("tcp-stream-{:x}.img", image.entries[&6].isk.as_ref().unwrap().ino);
+    for (name, bytes) in image.store.take_all() {
+        std::fs::write(directory.path(&name), bytes).unwrap();
+    }
+    let files = [
+        r#""state": "LISTEN""#,
+        r#""src_addr": ["#,
+        r#""127.0.0.1""#,
+        r#""type": "STREAM""#,
+        r#""flags": "0x2""#,
+        r#""state": "ESTABLISHED""#,
+    ];
+    for (name, wanted) in [
+        ("files.img", &files[..]),
+        (
+            "sk-queues.img",
+            &[r#""id_for": 3"#, r#""length": 6"#, r#""extra": "cXVldWVk"#][..],
+        ),
+        (
+            &stream,
+            &[r#""inq_len": 6"#, r#""inq": "dW5yZWFk"#, r#""opt_mask": "0x"#][..],
+        ),
+    ] {
+        let output = std::process::Command::new("crit")
+            .args(["decode", "--pretty", "-i"])
+            .arg(directory.path(name))
+            .output()
+            .unwrap();
+        let text = String::from_utf8_lossy(&output.stdout);
+        for wanted in wanted {
+            assert!(
+                text.contains(wanted),
+                "{name}: {wanted}: {}",
+                String::from_utf8_lossy(&output.stderr)
+            );
+        }
+    }
 }
