@@ -108,6 +108,8 @@ pub struct Shared {
     pub ghosts: HashMap<(u64, u64), u32>,
     /// The unix sockets of the network namespace.
     pub unix: std::cell::OnceCell<crate::resource::sock::unix::Facts>,
+    /// What options of sockets are when nobody sets them.
+    pub socket_defaults: crate::resource::sock::options::Defaults,
     next_ghost: u32,
 }
 

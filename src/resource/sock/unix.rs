@@ -194,7 +194,7 @@ impl FileKind for Unix {
     }
 
     fn dump(&self, file: &OpenFile, id: u32, dump: &mut FileDump<'_>) -> Result<FileEntry> {
-        let handle = file.handle.as_fd();
+        let opts = options::dump(file.handle.as_fd(), &[], &mut dump.shared.socket_defaults)?;
         let facts = Facts::of(dump)?;
         let socket = facts.socket(file)?;
         let peer = facts.peer(socket, dump.options)?;
@@ -214,7 +214,7 @@ impl FileKind for Unix {
             backlog: 0,
             peer: 0,
             fown: file.owner(),
-            opts: options::dump(handle, &[])?,
+            opts,
             name,
             shutdown: SkShutdown::try_from(i32::from(socket.shutdown & 3))
                 .ok()
