@@ -7,8 +7,16 @@ use std::os::unix::net::{SocketAddr, UnixDatagram, UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use super::super::testing::{self, Image};
+use super::queue::{Outgoing, QUEUES};
 use super::*;
+use std::os::fd::BorrowedFd;
+
+use rustix::net::{SendFlags, UCred};
+use whimbrel_images::proto::SkPacketEntry;
+
+use crate::kernel::message;
+use crate::kernel::sys::{set_socket_option_int, socket_option_int};
+use crate::resource::sock::testing::{self, Image};
 
 /// A directory for socket files.
 struct Directory(PathBuf);
