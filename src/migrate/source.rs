@@ -203,8 +203,9 @@ fn read_ids(pid: i32) -> Result<(procfs::stat::Stat, procfs::status::Status)> {
     Ok((procfs::stat::parse(&procfs::read(pid, "stat")?)?, procfs::status::parse(&procfs::read(pid, "status")?)?))
 }
 
-fn watched_ranges(maps: &[Mapping]) -> RunSet {
-    RunSet::from_ranges(maps.iter().filter(|map| track::is_watched(map)).map(|map| (map.start, map.end)).collect())
+/// Pages that the destination holds and that read as zeros now, or are mapped no more.
+fn vanished(task: &LookedTask, look: &track::Look) -> RunSet {
+    task.sent.intersect(&look.gone).union(&task.sent.subtract(&look.watched))
 }
 
 /// Mappings of a task, what they need of the other host, and whether all of them can be carried.
@@ -394,7 +395,7 @@ impl Migration<'_> {
 
         let started = Instant::now();
         match self.receive("await the tree's being put together")? {
-            Body::Prepared(_) => {}
+            Body::Prepared(prepared) => eprintln!("T prepared {} µs", prepared.microseconds),
             other => return Err(unexpected(&other)),
         }
         self.report.frozen.prepare_ms = ms(started.elapsed());
@@ -424,7 +425,10 @@ impl Migration<'_> {
         self.observer.phase(Phase::Commit);
         let told = self.send(Body::Commit(true)).and_then(|()| self.receive("await that the tree runs"));
         let running = match told {
-            Ok(Body::Running(running)) => Some(running.pid),
+            Ok(Body::Running(running)) => {
+                eprintln!("T go {} µs", running.microseconds);
+                Some(running.pid)
+            }
             // Nobody knows; never guess.
             _ => self.ask(&decision.session)?,
         };
@@ -538,10 +542,9 @@ fn send_round(task: &mut LookedTask, sender: &PageSender, go_on: &dyn Fn() -> Re
         Err(_) => return Ok(()),
     };
     let look = tracker.look(&maps)?;
-    let watched = watched_ranges(&maps);
     // What an earlier attempt found and did not deliver is still owed.
-    let dirty = look.dirty.union(&task.owed).intersect(&watched).intersect(&look.populated);
-    let gone = task.sent.subtract(&look.populated);
+    let dirty = look.dirty.union(&task.owed.intersect(&look.watched).subtract(&look.gone));
+    let gone = vanished(task, &look);
     task.owed = dirty.clone();
     let object = MemoryObject::Task(task.inner);
     let mut sink = sender.clone();
@@ -620,20 +623,22 @@ fn select_last(
 ) -> Result<((RunSet, RunSet), RunSet)> {
     let maps = procfs::maps::parse(&procfs::read(memory.pid, "maps")?)?;
     let reader = Pages::open(memory.pid)?;
-    let mut own = Vec::new();
-    for &(start, end) in &memory.ranges {
-        reader.own(start, end, &mut own)?;
-    }
-    let own = RunSet::from_runs(&own);
-    let (mut needed, mut gone) = (own.clone(), RunSet::default());
+    let mut ranges = RunSet::from_ranges(memory.ranges.clone());
+    let (mut needed, mut gone) = (RunSet::default(), RunSet::default());
     if let Some(task) = task
         && let Some(tracker) = &mut task.tracker
     {
         let look = tracker.look(&maps)?;
-        let delivered = task.sent.subtract(&look.dirty).subtract(&task.owed).intersect(&look.populated);
-        needed = own.subtract(&delivered);
-        gone = task.sent.subtract(&own);
+        needed = look.dirty.union(&task.owed.intersect(&look.watched).subtract(&look.gone));
+        gone = vanished(task, &look);
+        ranges = ranges.subtract(&look.watched);
     }
+    // What was not watched goes whole.
+    let mut own = Vec::new();
+    for &(start, end) in ranges.ranges() {
+        reader.own(start, end, &mut own)?;
+    }
+    needed = needed.union(&RunSet::from_runs(&own));
     if !follow {
         return Ok(((needed, gone), RunSet::default()));
     }

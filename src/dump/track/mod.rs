@@ -16,8 +16,10 @@ use crate::remote::inject::GadgetCache;
 pub struct Look {
     /// Pages that hold something and were written, or could not be watched.
     pub dirty: RunSet,
-    /// Pages that hold something at all.
-    pub populated: RunSet,
+    /// Pages that were given back to the kernel since (or never held anything): they read as zeros.
+    pub gone: RunSet,
+    /// What was looked at. Pages outside of it belong to mappings that are gone or cannot be watched.
+    pub watched: RunSet,
 }
 
 /// Watches one process.
