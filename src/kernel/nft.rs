@@ -20,7 +20,7 @@ use std::io;
 use std::net::{IpAddr, SocketAddr};
 
 use super::netlink::{
-    Messages, NLM_F_ACK, NLM_F_APPEND, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REQUEST, NLMSG_ERROR, Socket, Writer,
+    Messages, NLM_F_ACK, NLM_F_APPEND, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REQUEST, NLMSG_ERROR, Socket, Writer, truncated,
 };
 
 const SUBSYSTEM: u16 = 10;
@@ -281,18 +281,14 @@ pub fn table_exists(table: &str) -> io::Result<bool> {
     });
     socket.send(&writer.finish())?;
     let mut buffer = Vec::new();
-    for message in Messages(socket.receive(&mut buffer)?) {
-        let message = message?;
-        if message.kind == NLMSG_ERROR {
-            return match message.error() {
-                Some(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(false),
-                Some(error) => Err(error),
-                None => Ok(true),
-            };
-        }
-        return Ok(true);
+    let message = Messages(socket.receive(&mut buffer)?)
+        .next()
+        .ok_or_else(|| truncated("answer"))??;
+    match (message.kind == NLMSG_ERROR).then(|| message.error()).flatten() {
+        Some(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(false),
+        Some(error) => Err(error),
+        None => Ok(true),
     }
-    Ok(false)
 }
 
 fn taken(error: &io::Error) -> bool {

@@ -28,10 +28,8 @@ fn loopback_up() {
     request.ifr_ifru.ifru_flags = (libc::IFF_UP | libc::IFF_RUNNING) as libc::c_short;
     use std::os::fd::AsRawFd;
     // SAFETY: SIOCSIFFLAGS reads an ifreq, which lives through the call.
-    assert_eq!(
-        unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &request) },
-        0
-    );
+    let result = unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &request) };
+    assert_eq!(result, 0);
 }
 
 fn pair(address: &str) -> (TcpStream, TcpStream) {
@@ -128,10 +126,8 @@ fn marked_packets_pass() {
         for stream in [&client, &server] {
             let (fd, value) = (stream.as_raw_fd(), std::ptr::from_ref(&mark).cast());
             // SAFETY: SO_MARK reads a four-byte value, which lives through the call.
-            assert_eq!(
-                unsafe { libc::setsockopt(fd, libc::SOL_SOCKET, libc::SO_MARK, value, 4) },
-                0
-            );
+            let result = unsafe { libc::setsockopt(fd, libc::SOL_SOCKET, libc::SO_MARK, value, 4) };
+            assert_eq!(result, 0);
         }
         server.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
         assert!(passes(&mut client, &mut server));
