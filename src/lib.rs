@@ -4,6 +4,7 @@ pub mod arch;
 pub mod dump;
 pub mod error;
 pub mod kernel;
+pub mod migrate;
 pub mod procfs;
 pub mod remote;
 pub mod resource;

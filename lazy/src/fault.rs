@@ -107,6 +107,11 @@ fn serve(shared: &Arc<Shared>, task: &Arc<Task>, fault: Fault) {
         if !state.live() || shared.stopping() {
             return;
         }
+        if !task.settled(&mut state) {
+            drop(state);
+            clear_the_way(shared, task);
+            continue;
+        }
         let Some(page) = state.map.page(fault.address) else {
             match outside(task, &mut state, fault.address) {
                 Outside::Grown => continue,

@@ -361,6 +361,15 @@ impl Userfault {
         )
     }
 
+    /// Whether an event waits to be read, or the thread that caused one has not gone on yet; no page can be filled then.
+    ///
+    /// [`Stop::NotRegistered`] means what it says only while this is false: the kernel looks for events, then for the
+    /// mapping, then for events again, and a mapping that is moved away in between is reported as not registered.
+    pub fn changing(&self) -> bool {
+        // Address 0 is never valid, but that is checked after the events.
+        self.continue_(0, 4096, false).stop == Some(Stop::Again)
+    }
+
     /// Whether the whole range lies within one registered *anonymous* mapping, without touching a page of it.
     ///
     /// The kernel looks the mapping up before it checks whether UFFDIO_CONTINUE suits it, and answers ENOENT when the
@@ -372,9 +381,24 @@ impl Userfault {
     pub fn within_one_anonymous_mapping(&self, start: u64, len: u64) -> Result<bool, Stop> {
         match self.continue_(start, len, false).stop {
             Some(Stop::Other(libc::EINVAL)) => Ok(true),
+            Some(Stop::NotRegistered) if self.changing() => Err(Stop::Again),
             Some(Stop::NotRegistered) => Ok(false),
             Some(stop) => Err(stop),
             None => Err(Stop::Other(0)),
+        }
+    }
+
+    /// Whether the page at `address` lies in a mapping that is registered with this userfaultfd. Like
+    /// [`Userfault::within_one_anonymous_mapping`], but for shared memory too, where it may map a page that is there anyway.
+    ///
+    /// # Errors
+    /// [`Stop::Again`] while an event waits to be read, and [`Stop::Gone`] when the address space is gone.
+    pub fn is_registered(&self, address: u64, page_size: u64) -> Result<bool, Stop> {
+        match self.continue_(address, page_size, false).stop {
+            Some(Stop::NotRegistered) if self.changing() => Err(Stop::Again),
+            Some(Stop::NotRegistered) => Ok(false),
+            Some(stop @ (Stop::Again | Stop::Gone)) => Err(stop),
+            _ => Ok(true),
         }
     }
 

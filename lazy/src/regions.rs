@@ -163,6 +163,18 @@ pub struct Destination {
 struct Range {
     lazy: LazyRange,
     states: StateMap,
+    origin: Origin,
+}
+
+/// How a range came to be where it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Origin {
+    /// It was there from the start, or grew there.
+    Own,
+    /// mremap put it there. A report of what was there before may still be under way.
+    Moved,
+    /// What mremap leaves at the old place: nothing, mostly, as the next event will tell.
+    Left,
 }
 
 /// The lazy pages of one address space.
@@ -170,6 +182,8 @@ struct Range {
 pub struct RegionMap {
     ranges: BTreeMap<u64, Range>,
     counts: [u64; 4],
+    /// Moved ranges that cannot be put in place yet; see [`RegionMap::remap`].
+    arrivals: Vec<(LazyRange, StateMap)>,
 }
 
 impl RegionMap {
@@ -204,7 +218,7 @@ impl RegionMap {
         if self.overlapping(start, range.end()).next().is_some() {
             return Err(RegionError::Overlap { start, pages });
         }
-        self.insert_states(range, &StateMap::new(pages, status));
+        self.insert_states(range, &StateMap::new(pages, status), Origin::Own);
         Ok(())
     }
 
@@ -267,6 +281,19 @@ impl RegionMap {
             let end = destination.address + destination.pages * PAGE;
             self.set(destination.address, end, PageStatus::Missing);
         }
+        for (lazy, states) in self.arrivals.iter_mut().filter(|(lazy, _)| lazy.object == claim.object) {
+            let range = Range {
+                lazy: *lazy,
+                states: states.clone(),
+                origin: Origin::Moved,
+            };
+            let mut found = Vec::new();
+            collect(&range, claim.run, &[PageStatus::InFlight], &mut found);
+            for destination in found {
+                let first = (destination.address - lazy.start) / PAGE;
+                states.set(first, first + destination.pages, PageStatus::Missing);
+            }
+        }
     }
 
     /// Where the bytes of a claim are to go *now*: its pages that still wait, wherever they were moved to.
@@ -296,6 +323,7 @@ impl RegionMap {
 
     /// Makes everything that is in flight missing again, when nobody fetches any more.
     pub fn settle(&mut self) {
+        self.promote();
         self.ranges.values_mut().for_each(|range| range.states.settle());
         let in_flight = std::mem::take(&mut self.counts[PageStatus::InFlight as usize]);
         self.counts[PageStatus::Missing as usize] += in_flight;
@@ -305,11 +333,16 @@ impl RegionMap {
     /// parent is missing in the child.
     pub fn fork(&self) -> Self {
         let mut child = Self::new();
+        child.arrivals.clone_from(&self.arrivals);
         for range in self.ranges.values().filter(|range| !range.lazy.flags.dont_fork) {
             if range.lazy.flags.wipe_on_fork {
-                child.insert_states(range.lazy, &StateMap::new(range.lazy.pages, PageStatus::Zero));
+                child.insert_states(
+                    range.lazy,
+                    &StateMap::new(range.lazy.pages, PageStatus::Zero),
+                    range.origin,
+                );
             } else {
-                child.insert_states(range.lazy, &range.states);
+                child.insert_states(range.lazy, &range.states, range.origin);
             }
         }
         child.settle();
@@ -318,22 +351,41 @@ impl RegionMap {
 
     /// mremap(2) moved `len` bytes. At the old address there may still be a mapping (MREMAP_DONTUNMAP), of private memory
     /// an empty one; if there is none, [`RegionMap::unmap`] follows.
+    ///
+    /// When something is known at the new address already, the report of how that went away is still under way: another
+    /// thread moved or unmapped it, but was slower to tell. What was moved is kept aside then, and the map is
+    /// [unsettled](RegionMap::unsettled) until [`RegionMap::promote`].
     pub fn remap(&mut self, from: u64, to: u64, len: u64) {
-        let moved = self.extract(from, from.saturating_add(len));
-        self.unmap(to, to.saturating_add(len));
-        for (lazy, states) in moved {
+        for (lazy, states) in self.extract(from, from.saturating_add(len)) {
             if lazy.flags.shared {
-                self.put(lazy, &states);
+                self.put(lazy, &states, Origin::Left);
             } else {
-                self.put(lazy, &StateMap::new(lazy.pages, PageStatus::Zero));
+                self.put(lazy, &StateMap::new(lazy.pages, PageStatus::Zero), Origin::Left);
             }
-            self.put(
-                LazyRange {
-                    start: to + (lazy.start - from),
-                    ..lazy
-                },
-                &states,
-            );
+            let moved = LazyRange {
+                start: to.wrapping_add(lazy.start - from),
+                ..lazy
+            };
+            self.arrivals.push((moved, states));
+        }
+        if self
+            .overlapping(to, to.saturating_add(len))
+            .all(|range| range.origin == Origin::Left)
+        {
+            self.promote();
+        }
+    }
+
+    /// Whether something that was moved waits for what was at its new address to be reported gone. Pages must not be filled
+    /// then, and the kernel refuses it anyway until that report was read.
+    pub fn unsettled(&self) -> bool {
+        !self.arrivals.is_empty()
+    }
+
+    /// Puts what was moved over whatever is known at its new address. To be called when no event waits to be read any more.
+    pub fn promote(&mut self) {
+        for (lazy, states) in std::mem::take(&mut self.arrivals) {
+            self.put(lazy, &states, Origin::Moved);
         }
     }
 
@@ -345,6 +397,26 @@ impl RegionMap {
                 self.set(start.max(lazy.start), end.min(lazy.end()), PageStatus::Zero);
             }
         }
+    }
+
+    /// As [`RegionMap::unmap`], but for what mremap(2) put there: those parts are kept and returned.
+    ///
+    /// A thread reports a change only after it let go of the address space. mremap reports the move, then, when that was
+    /// read, the unmapping of the old place, and in between another thread may have moved a mapping to just there and
+    /// reported that. Only a look at the address space tells whether such a part is gone.
+    #[must_use]
+    pub fn unmapped(&mut self, start: u64, end: u64) -> Vec<(u64, u64)> {
+        let mut doubtful = Vec::new();
+        for key in self.keys(start, end) {
+            let range = &self.ranges[&key];
+            let part = (start.max(range.lazy.start), end.min(range.lazy.end()));
+            if range.origin == Origin::Moved {
+                doubtful.push(part);
+            } else {
+                self.unmap(part.0, part.1);
+            }
+        }
+        doubtful
     }
 
     /// munmap(2), or another mapping put over `start..end`.
@@ -365,7 +437,7 @@ impl RegionMap {
                 source: start,
                 flags,
             };
-            self.put(range, &StateMap::new(range.pages, PageStatus::Zero));
+            self.put(range, &StateMap::new(range.pages, PageStatus::Zero), Origin::Own);
         }
     }
 
@@ -442,7 +514,11 @@ impl RegionMap {
                 .into_iter()
                 .filter(|(first, last)| first < last)
             {
-                self.insert_states(range.lazy.part(first, last), &range.states.slice(first, last));
+                self.insert_states(
+                    range.lazy.part(first, last),
+                    &range.states.slice(first, last),
+                    range.origin,
+                );
             }
             taken.push((range.lazy.part(from, to), range.states.slice(from, to)));
         }
@@ -450,12 +526,12 @@ impl RegionMap {
     }
 
     /// Puts a range over whatever is there.
-    fn put(&mut self, lazy: LazyRange, states: &StateMap) {
+    fn put(&mut self, lazy: LazyRange, states: &StateMap, origin: Origin) {
         self.unmap(lazy.start, lazy.end());
-        self.insert_states(lazy, states);
+        self.insert_states(lazy, states, origin);
     }
 
-    fn insert_states(&mut self, lazy: LazyRange, states: &StateMap) {
+    fn insert_states(&mut self, lazy: LazyRange, states: &StateMap, origin: Origin) {
         let mut from = 0;
         while from < lazy.pages {
             let to = lazy.pages.min(from + MAX_RANGE_PAGES);
@@ -464,7 +540,14 @@ impl RegionMap {
             for state in STATES {
                 self.counts[state as usize] += states.count(0, states.pages(), state);
             }
-            self.ranges.insert(part.start, Range { lazy: part, states });
+            self.ranges.insert(
+                part.start,
+                Range {
+                    lazy: part,
+                    states,
+                    origin,
+                },
+            );
             from = to;
         }
     }

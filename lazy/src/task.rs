@@ -89,6 +89,8 @@ pub(crate) struct State {
     /// Where faults happened, the latest first, and where the ascending sweep stands.
     pub(crate) hints: VecDeque<u64>,
     pub(crate) cursor: u64,
+    /// Parts of the map that may or may not be unmapped; see [`RegionMap::unmapped`].
+    doubtful: Vec<(u64, u64)>,
     events: Vec<Event>,
 }
 
@@ -149,6 +151,7 @@ impl Task {
             urgent: HashSet::new(),
             hints: VecDeque::new(),
             cursor: 0,
+            doubtful: Vec::new(),
             events: Vec::new(),
         };
         let (token, state) = (Mutex::new(()), Mutex::new(state));
@@ -205,13 +208,44 @@ impl Task {
                 }),
                 Event::Remap { from, to, len } => state.map.remap(from, to, len),
                 Event::Remove { start, end } => state.map.remove(start, end),
-                Event::Unmap { start, end } => state.map.unmap(start, end),
+                Event::Unmap { start, end } => {
+                    let doubtful = state.map.unmapped(start, end);
+                    state.doubtful.extend(doubtful);
+                }
                 Event::Other(kind) => tracing::warn!(pid = self.pid, kind, "unknown userfaultfd event"),
             }
         }
         state.events = events;
         self.finish_if_done(&mut state);
         (children, any)
+    }
+
+    /// Brings the map in line with the address space after events that were read in another order than they happened.
+    /// Returns whether it is.
+    ///
+    /// When no event waits to be read, everything that happened was reported. Until then no page may be filled: the map may
+    /// be wrong.
+    pub(crate) fn settled(&self, state: &mut State) -> bool {
+        if !state.map.unsettled() && state.doubtful.is_empty() {
+            return true;
+        }
+        if self.uffd.changing() {
+            return false;
+        }
+        state.map.promote();
+        while let Some(&(start, end)) = state.doubtful.last() {
+            match self.uffd.is_registered(start, PAGE) {
+                Ok(true) => {}
+                Ok(false) => state.map.unmap(start, end),
+                Err(Stop::Gone) => {
+                    self.end(state, TaskStatus::Gone);
+                    return false;
+                }
+                Err(_) => return false,
+            }
+            state.doubtful.pop();
+        }
+        true
     }
 
     /// Fills the waiting pages of `claim` with what the source said. Pages filled before are left alone, so after
@@ -226,6 +260,13 @@ impl Task {
         states: &[PageState],
         lazily: bool,
     ) -> Placed {
+        if !self.settled(state) {
+            return if state.live() {
+                Placed::Again
+            } else {
+                Placed::Done { pages: 0, zeros: 0 }
+            };
+        }
         let (mut pages, mut zeros) = (0, 0);
         for destination in state.map.destinations_of(claim) {
             let (mut at, end) = (destination.offset, destination.offset + destination.pages);
@@ -310,7 +351,10 @@ impl Task {
                 }
                 Some(Stop::NotRegistered) if size > PAGE => step = (size / PAGE).div_ceil(2) * PAGE,
                 Some(Stop::NotRegistered) => {
-                    // No event waits (that would be EAGAIN), so this page is not ours: a child did not inherit it.
+                    if self.uffd.changing() {
+                        return Err(Placed::Again);
+                    }
+                    // No event tells of it, so this page never was ours: a child did not inherit it.
                     state.map.unmap(at, at + PAGE);
                     let _ = self.uffd.wake(at, PAGE);
                     done += PAGE;
@@ -333,6 +377,9 @@ impl Task {
 
     /// Ends the task when nothing is missing any more.
     pub(crate) fn finish_if_done(&self, state: &mut State) {
+        if !self.settled(state) {
+            return;
+        }
         let waiting = state.map.count(PageStatus::Missing) + state.map.count(PageStatus::InFlight);
         // A failed task may get here too: the page that nobody knows was unmapped or overwritten as a whole.
         let stuck = matches!(&state.status, TaskStatus::Failed(failure) if !curable(failure));

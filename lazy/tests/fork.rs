@@ -145,3 +145,87 @@ fn a_child_sees_wiped_memory_as_zeros_and_lacks_what_it_does_not_inherit() {
     (0..96).for_each(|page| memory.check(page, memory.address(page)));
     server.wait_complete(SOON).unwrap();
 }
+
+/// What a page of the stress test must hold.
+#[derive(Clone, Copy)]
+enum Expected {
+    Saved(u64),
+    Written(u64),
+}
+
+fn stress(mut memory: Memory, seed: u64, until: Instant) {
+    let mut state = seed * 0x1234_5678_9ABC_DEF1;
+    let mut random = |below: usize| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state >> 11) as usize % below
+    };
+    let mut expected: Vec<Expected> = (0..memory.pages)
+        .map(|page| Expected::Saved(memory.address(page)))
+        .collect();
+    let verify = |memory: Memory, page: usize, expected: Expected| match expected {
+        Expected::Saved(source) => memory.check(page, source),
+        Expected::Written(value) => assert_eq!(memory.read(page, 0), value, "page {page}"),
+    };
+    while Instant::now() < until {
+        let page = random(memory.pages);
+        match random(20) {
+            0..=9 => verify(memory, page, expected[page]),
+            10..=14 => {
+                let value = random(1 << 40) as u64;
+                write(memory.address(page), value);
+                expected[page] = Expected::Written(value);
+            }
+            15..=17 => {
+                let count = (1 + random(8)).min(memory.pages - page);
+                advise(memory.address(page), count * PAGE, libc::MADV_DONTNEED);
+                expected[page..page + count].fill(Expected::Written(0));
+            }
+            18 => {
+                let room = Memory::new(memory.pages);
+                let (old, len) = (memory.start as *mut libc::c_void, memory.bytes());
+                let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
+                // SAFETY: both ranges are this test's own; the second is replaced by the first.
+                let moved = unsafe { libc::mremap(old, len, len, flags, room.start as *mut libc::c_void) };
+                assert_eq!(moved as u64, room.start);
+                memory = room;
+            }
+            _ => {
+                let child = fork(|| match expected[page] {
+                    Expected::Saved(source) => read(memory.address(page)) == word(source),
+                    Expected::Written(value) => read(memory.address(page)) == value,
+                });
+                assert_eq!(wait(child), 0, "page {page} in a child");
+            }
+        }
+    }
+    (0..memory.pages).for_each(|page| verify(memory, page, expected[page]));
+}
+
+#[test]
+fn content_stays_right_while_threads_move_drop_write_and_fork_at_once() {
+    let _alone = alone();
+    let memories: Vec<Memory> = (0..3).map(|_| Memory::new(3000)).collect();
+    let ranges: Vec<LazyRange> = memories.iter().map(Memory::range).collect();
+    let source = Arc::new(Pattern {
+        delay: Duration::from_micros(700),
+        ..Pattern::default()
+    });
+    let config = LazyConfig {
+        prefetch_threads: 2,
+        unit_pages: 4,
+        ..LazyConfig::default()
+    };
+    let server = server(config, &source);
+    serve(&server, &ranges);
+    let until = Instant::now() + Duration::from_secs(2);
+    std::thread::scope(|scope| {
+        for (seed, memory) in (1..).zip(memories) {
+            scope.spawn(move || stress(memory, seed, until));
+        }
+    });
+    let progress = server.wait_complete(SOON).unwrap();
+    println!("{progress:?}");
+    assert!(server.failures().is_empty());
+}

@@ -241,10 +241,8 @@ fn a_task_waits_for_a_failing_source_and_then_gets_its_own_bytes() {
     serve(&server, &[memory.range()]);
     std::thread::scope(|scope| {
         let reader = scope.spawn(|| {
-            let start = Instant::now();
             memory.check(9, memory.address(9));
             memory.check(7, memory.address(7));
-            start.elapsed()
         });
         std::thread::sleep(Duration::from_millis(200));
         assert!(!reader.is_finished());
@@ -252,8 +250,7 @@ fn a_task_waits_for_a_failing_source_and_then_gets_its_own_bytes() {
         unmap(memory.address(100), PAGE);
         source.broken.store(false, Ordering::Relaxed);
         server.retry_now();
-        let waited = reader.join().unwrap();
-        assert!(waited >= Duration::from_millis(200), "{waited:?}");
+        reader.join().unwrap();
     });
     let progress = complete(&server);
     assert!(progress.stats.source_failures > 0);

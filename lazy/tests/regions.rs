@@ -197,9 +197,7 @@ fn step(map: &mut RegionMap, model: &mut Model, claims: &mut Vec<Claim>, step: S
                 return;
             }
             map.remap(from * PAGE, to * PAGE, pages * PAGE);
-            for page in touched(model, to, pages) {
-                model.remove(&page);
-            }
+            map.promote();
             for page in touched(model, from, pages) {
                 let known = model[&page];
                 if !known.flags.shared {
@@ -323,4 +321,23 @@ fn malformed_ranges_are_refused() {
             "{start:#x} {pages}"
         );
     }
+}
+
+#[test]
+fn moves_reported_in_the_wrong_order_end_in_the_right_places() {
+    let (one, two) = (MemoryObject::Task(1), MemoryObject::Task(2));
+    let at = |object, start| LazyRange::anonymous(object, start, 16);
+    // First A moved to C and was unmapped, then B moved to A; but the second move is reported first.
+    let (a, b, c, len) = (0x10_0000, 0x20_0000, 0x30_0000, 0x1_0000);
+    let mut map = RegionMap::from_ranges([at(one, a), at(two, b)]).unwrap();
+    map.remap(b, a, len);
+    assert!(map.unsettled());
+    map.remap(a, c, len);
+    assert!(map.unmapped(b, b + len).is_empty());
+    map.promote();
+    // A's unmapping concerns what was there before B came, which only the kernel can tell.
+    assert_eq!(map.unmapped(a, a + len), [(a, a + len)]);
+    assert_eq!(map.page(a).unwrap().object, two);
+    assert_eq!(map.page(c).unwrap().object, one);
+    assert_eq!((map.pages(), map.page(b)), (32, None));
 }

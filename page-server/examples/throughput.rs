@@ -158,6 +158,9 @@ fn push(session: &Session, data: &[u8], megabytes: u64, stop: &AtomicBool) -> Re
         )?;
     }
     let stats = sender.finish_round()?;
+    if let Some(path) = session.path_stats() {
+        println!("      {path:?}");
+    }
     let ratio = stats.wire_bytes as f64 / stats.raw_bytes.max(1) as f64;
     println!(
         "      {} data pages, {} zero pages, wire/raw {ratio:.2}",

@@ -25,6 +25,7 @@ use crate::tree::{Task, TaskImage, TaskState, Tree, task_state};
 #[derive(Default)]
 pub struct Prepared {
     tasks: HashMap<i32, (Vec<Mapping>, Gadgets)>,
+    tracked: bool,
 }
 
 impl Prepared {
@@ -49,6 +50,19 @@ impl Prepared {
         Ok(prepared)
     }
 
+    /// As [`Prepared::look`], for a tree whose memory we watch ourselves: the marks of that are not the program's.
+    ///
+    /// # Errors
+    /// As [`Prepared::look`].
+    pub fn look_tracked(root: i32) -> Result<Prepared> {
+        let mut prepared = Prepared::look(root)?;
+        prepared.tracked = true;
+        for (maps, _) in prepared.tasks.values_mut() {
+            forget_marks(maps);
+        }
+        Ok(prepared)
+    }
+
     /// Mappings and borrowed instructions of a task, read again where the task changed since.
     fn take(&mut self, pid: i32) -> Result<(Vec<Mapping>, Gadgets)> {
         let now = procfs::maps::parse(&procfs::read(pid, "maps")?)?;
@@ -58,8 +72,16 @@ impl Prepared {
         {
             return Ok((before, gadgets));
         }
-        look_at(pid, &mut GadgetCache::default())
+        let (mut maps, gadgets) = look_at(pid, &mut GadgetCache::default())?;
+        if self.tracked {
+            forget_marks(&mut maps);
+        }
+        Ok((maps, gadgets))
     }
+}
+
+fn forget_marks(maps: &mut [Mapping]) {
+    maps.iter_mut().for_each(|map| map.flags.retain(|flag| flag != b"uw"));
 }
 
 fn is_zombie(pid: i32) -> bool {
@@ -525,6 +547,7 @@ impl Collected {
                     .map_err(|error| error.task(file.pid).object(file.describe()))
                     .err()
             })
+            .chain(fd::locks::check(&dump).err())
             .collect();
         let more = reasons
             .iter()
@@ -573,6 +596,7 @@ impl Collected {
                 .map_err(|error| error.task(file.pid).object(file.describe()))?;
             entries.insert(id, entry);
         }
+        fd::locks::dump(&mut dump)?;
         dump.close()?;
         entries.append(&mut shared.extra);
         Ok(entries)
@@ -585,6 +609,81 @@ impl Collected {
         shared.pids.clone_from(&self.pids);
         shared.next_id = self.next_id;
         shared
+    }
+
+    /// Looks at the descriptors of a process that runs; returns the highest.
+    ///
+    /// # Errors
+    /// When one is of a kind that is not supported.
+    pub fn look_at_running(&mut self, pid: i32, pidfd: std::os::fd::BorrowedFd<'_>) -> Result<u32> {
+        let entries = std::fs::read_dir(format!("/proc/{pid}/fd")).with(|| Error::new("list descriptors").task(pid))?;
+        let numbers = entries
+            .flatten()
+            .filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
+        let mut highest = 0;
+        for fd in numbers {
+            // One that is closed meanwhile is none.
+            let Ok(file) = OpenFile::look(pid, fd, pidfd) else {
+                continue;
+            };
+            kind_for(&file)?;
+            let id = self.next_id;
+            self.next_id += 1;
+            self.descriptors.insert((pid, fd), id);
+            self.open.insert(id, file);
+            highest = highest.max(fd as u32);
+        }
+        Ok(highest)
+    }
+
+    /// Connections of the tree whose packets must not be answered while it is taken apart.
+    ///
+    /// # Errors
+    /// When a socket cannot be asked.
+    pub fn connections(&self) -> Result<Vec<crate::kernel::nft::Connection>> {
+        let mut all = Vec::new();
+        for file in self.open.values() {
+            all.extend(kind_for(file)?.connection(file)?);
+        }
+        Ok(all)
+    }
+
+    /// Makes all files close without a word; see [`FileKind::abandon`].
+    ///
+    /// # Errors
+    /// When one would make itself heard.
+    pub fn abandon_files(&self) -> Result<()> {
+        self.open.values().try_for_each(|file| kind_for(file)?.abandon(file))
+    }
+
+    /// Is the mapping at `start` locked in memory?
+    pub fn is_locked(&self, object: MemoryObject, start: u64) -> bool {
+        let task = self
+            .tasks
+            .iter()
+            .find(|task| MemoryObject::Task(task.entry.pid) == object);
+        let vma = task.and_then(|task| task.mm.vmas.iter().find(|vma| vma.start == start));
+        vma.is_some_and(|vma| vma.flags & libc::MAP_LOCKED as u32 != 0)
+    }
+
+    /// Pages that the kernel writes to while a task is put together: restartable-sequence areas.
+    pub fn touched_by_kernel(&self, object: MemoryObject) -> Vec<(u64, u64)> {
+        let task = self
+            .tasks
+            .iter()
+            .find(|task| MemoryObject::Task(task.entry.pid) == object);
+        let cores = task.into_iter().flat_map(|task| &task.cores);
+        let areas = cores.filter_map(|core| core.thread_core.as_ref()?.rseq_entry.as_ref());
+        let page = crate::arch::PAGE_SIZE;
+        areas
+            .map(|area| {
+                let start = area.rseq_abi_pointer / page * page;
+                (
+                    start,
+                    (area.rseq_abi_pointer + u64::from(area.rseq_abi_size)).next_multiple_of(page),
+                )
+            })
+            .collect()
     }
 
     /// All open files, by image id.

@@ -46,7 +46,7 @@ pub struct Selection {
 /// # Errors
 /// When its page table cannot be read.
 pub fn select_all(memory: &TaskMemory) -> Result<(Pages, Selection)> {
-    let mut pages = Pages::open(memory.pid)?;
+    let pages = Pages::open(memory.pid)?;
     let mut store = Vec::new();
     for &(start, end) in &memory.ranges {
         pages.own(start, end, &mut store)?;

@@ -5,6 +5,8 @@
 
 pub mod collect;
 pub mod memory;
+pub mod runs;
+pub mod track;
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};

@@ -27,14 +27,14 @@ pub struct Plain(libc::c_ulong);
 impl Plain {
     /// Its number, for a call in a program.
     pub fn number(self) -> u64 {
-        self.0 as u64
+        self.0
     }
 }
 
 impl<const N: usize> Set<N> {
     /// Its number, for a call in a program.
     pub fn number(self) -> u64 {
-        self.0 as u64
+        self.0
     }
 }
 
@@ -77,6 +77,8 @@ pub const TIOCGPTLCK: Get<4> = Get(0x8004_5439);
 pub const TIOCSPTLCK: Set<4> = Set(0x4004_5431);
 /// Number of a master's slave.
 pub const TIOCGPTN: Get<4> = Get(0x8004_5430);
+/// The terminal behind `/dev/tty`, as a device number.
+pub const TIOCGDEV: Get<4> = Get(0x8004_5432);
 /// Opens the slave of a master; the argument is open flags, the result a descriptor.
 pub const TIOCGPTPEER: Plain = Plain(0x5441);
 /// Bytes that can be read.

@@ -1,16 +1,19 @@
 //! What the kernel offers that the crates of this field do not wrap: typed, each with its errors.
 //!
-//! * [`sys`]: single system calls.
+//! * [`sys`]: single system calls; [`socket`]: those on sockets.
 //! * [`files`]: system calls on files.
 //! * [`mm`]: files that can only be made by mapping memory.
+//! * [`address`]: addresses that move with a tree.
 //! * [`nft`]: the network lock: packets of chosen connections are dropped while they are taken apart.
 //! * [`sock_diag`]: the sockets of a network namespace, as the kernel lists them.
 //! * [`features`]: what this kernel can do, found out by trying.
 
+pub mod address;
 pub mod features;
 pub mod files;
 pub mod mm;
 mod netlink;
 pub mod nft;
 pub mod sock_diag;
+pub mod socket;
 pub mod sys;

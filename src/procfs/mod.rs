@@ -4,6 +4,8 @@
 
 pub mod fdinfo;
 pub mod maps;
+pub mod mountinfo;
+pub mod multicast;
 pub mod stat;
 pub mod status;
 

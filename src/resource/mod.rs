@@ -82,6 +82,11 @@ pub trait FileKind: Sync {
     /// The image types that it restores.
     fn types(&self) -> &'static [FdTypes];
 
+    /// Does it restore this entry? To be told where kinds share an image type.
+    fn restores(&self, entry: &FileEntry) -> bool {
+        self.types().contains(&entry.r#type())
+    }
+
     /// Is this file of its kind?
     fn recognises(&self, file: &OpenFile) -> bool;
 
@@ -104,11 +109,30 @@ pub trait FileKind: Sync {
         Ok(())
     }
 
+    /// The connection behind the file, if it is one whose packets must be kept away while the tree is taken apart.
+    ///
+    /// # Errors
+    /// When it cannot be asked.
+    fn connection(&self, file: &OpenFile) -> Result<Option<crate::kernel::nft::Connection>> {
+        let _ = file;
+        Ok(None)
+    }
+
     /// Describes the file. Called once per open file description, with the tree frozen and the network locked.
     ///
     /// # Errors
     /// When it cannot be described.
     fn dump(&self, file: &OpenFile, id: u32, dump: &mut FileDump<'_>) -> Result<FileEntry>;
+
+    /// Called on the source when the tree lives elsewhere and is about to be killed: the file must close without telling
+    /// anyone at its other end. There is no way back from here.
+    ///
+    /// # Errors
+    /// When it would make itself heard.
+    fn abandon(&self, file: &OpenFile) -> Result<()> {
+        let _ = file;
+        Ok(())
+    }
 
     /// Makes the file in the controller. Files that are made in pairs leave the other one in `restore.hold`.
     ///
@@ -187,6 +211,11 @@ pub static FILE_KINDS: &[&dyn FileKind] = &[
     &fd::timerfd::TimerFd,
     &fd::epoll::Epoll,
     &fd::memfd::Memfd,
+    &fd::tty::Tty,
+    &fd::pidfd::PidFd,
+    &fd::inotify::Inotify,
+    &sock::tcp::Tcp,
+    &sock::udp::Udp,
     // Takes what is left: last.
     &fd::regular::Regular,
 ];

@@ -280,6 +280,22 @@ impl Build {
         Ok(helper)
     }
 
+    /// Process id of a task in our pid namespace.
+    ///
+    /// # Errors
+    /// When there is no such task.
+    pub fn tid_of(&mut self, pid: u32) -> Result<i32> {
+        self.task(pid).map(|task| task.leader.tid())
+    }
+
+    /// Runs a program in the leader of a task.
+    ///
+    /// # Errors
+    /// When a call has an unexpected result.
+    pub fn run_in(&mut self, pid: u32, program: &Program) -> Result<crate::remote::Outcome> {
+        self.run(pid, program)
+    }
+
     pub(super) fn task(&mut self, pid: u32) -> Result<&mut TaskBuild> {
         self.tasks.get_mut(&pid).ok_or_else(|| {
             Error::new("restore")

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::os::fd::{AsFd, OwnedFd};
 
-use whimbrel_images::proto::CoreEntry;
+use whimbrel_images::proto::{CoreEntry, VmaEntry};
 use whimbrel_images::store::ImageStore;
 
 use super::build::{TaskBuild, clone_into};
@@ -13,9 +13,9 @@ use crate::arch;
 use crate::error::{Context, Error, Result};
 use crate::procfs::maps;
 use crate::remote::{Arg, Newborn, Program, Puppet, RemoteAddr, RemoteMemory};
-use crate::resource::fd::{self, FileRestore, regular};
+use crate::resource::fd::{self, FileRestore, locks, memfd, regular};
 use crate::resource::mem::{bounds, mapping, mapping::status};
-use crate::resource::{Stage, TASK_KINDS};
+use crate::resource::{Installing, Stage, TASK_KINDS};
 use crate::tree::{TaskImage, TreeImage, task_state};
 
 /// A tree that is whole and waits for its last step.
@@ -26,22 +26,20 @@ pub struct Ready<'a> {
 }
 
 impl Build {
-    /// Opens the files that tasks map, execute, or stand in.
+    /// Makes or opens everything that tasks map, execute, or stand in: shared segments, memfds, files by their paths.
     ///
     /// # Errors
     /// When one is missing or another.
-    pub fn open_path_files(&self, image: &TreeImage, restore: &mut FileRestore<'_>) -> Result<HashMap<u64, OwnedFd>> {
+    pub fn open_backing(&mut self, image: &TreeImage, restore: &mut FileRestore<'_>) -> Result<HashMap<u64, OwnedFd>> {
+        self.segments.make(&image.tasks)?;
+        for (id, file) in memfd::segments(restore)? {
+            self.segments.adopt(u64::from(id), file);
+        }
         let mut wanted: BTreeMap<u32, u32> = BTreeMap::new();
         for task in image.tasks.iter().filter(|task| !task.is_zombie()) {
-            for vma in task
-                .mm
-                .vmas
-                .iter()
-                .filter(|vma| vma.status & (status::FILE_PRIVATE | status::FILE_SHARED) != 0)
-            {
-                if vma.status & status::MEMFD == 0 {
-                    wanted.insert(vma.shmid as u32, vma.fdflags.unwrap_or(libc::O_RDONLY as u32));
-                }
+            let backed = |vma: &&VmaEntry| vma.status & (status::FILE_PRIVATE | status::FILE_SHARED) != 0;
+            for vma in task.mm.vmas.iter().filter(backed) {
+                wanted.insert(vma.shmid as u32, vma.fdflags.unwrap_or(libc::O_RDONLY as u32));
             }
             wanted.insert(task.mm.exe_file_id, libc::O_RDONLY as u32);
             wanted.insert(task.fs.cwd_id, libc::O_PATH as u32);
@@ -49,10 +47,19 @@ impl Build {
         }
         let mut files = HashMap::new();
         for (id, flags) in wanted {
-            let entry = image.files.get(&id).and_then(|file| file.reg.as_ref());
-            let entry =
-                entry.ok_or_else(|| Error::new("open a file").because(format!("the image has no file {id}")))?;
-            files.insert(u64::from(id), regular::open_entry(entry, flags, restore)?);
+            let missing = || Error::new("open a file").because(format!("the image has no file {id}"));
+            let entry = image.files.get(&id).ok_or_else(missing)?;
+            let file = match &entry.memfd {
+                Some(memfd) => {
+                    // It is an open file to the last: a mapping alone has size and seals, too.
+                    let file = memfd::open_inode(memfd.inode_id, flags, restore)?;
+                    let copy = file.try_clone().context("duplicate a descriptor")?;
+                    restore.opened.insert(id, copy);
+                    file
+                }
+                None => regular::open_entry(entry.reg.as_ref().ok_or_else(missing)?, flags, restore)?,
+            };
+            files.insert(u64::from(id), file);
         }
         Ok(files)
     }
@@ -108,6 +115,14 @@ impl Build {
         self.run(task.entry.pid, &program).map(drop)
     }
 
+    /// As [`Build::settle_task`], for mappings of which only their accounting tells whether they were writable.
+    ///
+    /// # Errors
+    /// When the kernel refuses one.
+    pub fn settle_all(&mut self, task: &TaskImage) -> Result<()> {
+        self.settle_task(task, &|_, _| false)
+    }
+
     /// Restores everything else and leaves the tree at its last step.
     ///
     /// # Errors
@@ -121,9 +136,16 @@ impl Build {
         let on_paths: HashSet<u32> = paths.keys().map(|&id| id as u32).collect();
         let by_descriptor: HashSet<u32> = image.tasks.iter().flat_map(|task| &task.fds).map(|fd| fd.id).collect();
         fd::open_all(&mut files, &|id| by_descriptor.contains(&id) || !on_paths.contains(&id))?;
+        let numbers = image
+            .tasks
+            .iter()
+            .flat_map(|task| task.fds.iter().map(|fd| ((task.entry.pid as i32, fd.fd as i32), fd.id)));
+        let numbers: HashMap<(i32, i32), u32> = numbers.collect();
+        locks::restore(&files, &|pid, fd| numbers.get(&(pid, fd)).copied())?;
+        let mut installed = HashSet::new();
         for task in image.tasks.iter().filter(|task| !task.is_zombie()) {
             let pid = task.entry.pid as i32;
-            self.restore_process(task, &files, paths)
+            self.restore_process(task, &files, paths, &mut installed)
                 .map_err(|error| error.task(pid))?;
         }
         for task in image.tasks.iter().filter(|task| !task.is_zombie()) {
@@ -149,6 +171,7 @@ impl Build {
         task: &TaskImage,
         files: &FileRestore<'_>,
         paths: &HashMap<u64, OwnedFd>,
+        installed: &mut HashSet<u32>,
     ) -> Result<()> {
         let pid = task.entry.pid;
         let path = |id: u32| {
@@ -192,15 +215,20 @@ impl Build {
         self.install_descriptors(task, files)?;
         let mut program = Program::new();
         let mut seen = HashSet::new();
-        for descriptor in &task.fds {
-            let entry = files.entries.get(&descriptor.id);
-            let entry = entry.ok_or_else(|| {
-                Error::new("restore a descriptor").because(format!("the image has no file {}", descriptor.id))
-            })?;
-            if seen.insert(descriptor.id) {
-                fd::kind_of(entry)?.install(entry, descriptor.fd, &mut program)?;
-            }
+        for descriptor in task.fds.iter().filter(|descriptor| seen.insert(descriptor.id)) {
+            let missing =
+                || Error::new("restore a descriptor").because(format!("the image has no file {}", descriptor.id));
+            let entry = files.entries.get(&descriptor.id).ok_or_else(missing)?;
+            let first = installed.insert(descriptor.id);
+            let target = Installing {
+                pid,
+                session: task.entry.sid,
+                first,
+                store: files.store,
+            };
+            fd::kind_of(entry)?.install_in(entry, descriptor.fd, &target, &mut program)?;
         }
+        locks::install(files.store, pid, &mut program)?;
         for kind in TASK_KINDS {
             kind.restore(Stage::Process, &task.cores[0], true, &mut program)
                 .map_err(|error| error.object(kind.name()))?;
@@ -485,9 +513,8 @@ pub fn from_directory_with<'a>(
 ) -> Result<Ready<'a>> {
     let mut build = Build::tasks(&super::Skeleton::of(image), options.clone())?;
     created(build.root_pid().unwrap_or_default())?;
-    build.segments.make(&image.tasks)?;
     let mut files = FileRestore::new(store, options, &image.files);
-    let paths = build.open_path_files(image, &mut files)?;
+    let paths = build.open_backing(image, &mut files)?;
     let has_pages = |pid: u32| {
         let runs = pages
             .runs(whimbrel_images::page::MemoryObject::Task(pid))

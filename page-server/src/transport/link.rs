@@ -7,7 +7,7 @@ use quinn::{RecvStream, SendStream};
 use tokio::sync::{Semaphore, mpsc};
 
 use super::{
-    Error,
+    Error, PathStats,
     connection::{CLOSE_BROKEN, CLOSE_PROTOCOL, Wire},
     session::Shared,
 };
@@ -58,6 +58,17 @@ impl LinkHandle {
 
     pub(super) fn batch(&self, bytes: Bytes) {
         let _ = self.bulk.send(Bulk::Batch(bytes));
+    }
+
+    pub(super) fn path(&self) -> PathStats {
+        let stats = self.quinn.stats();
+        PathStats {
+            rtt: stats.path.rtt,
+            congestion_window: stats.path.cwnd,
+            mtu: stats.path.current_mtu,
+            sent_packets: stats.path.sent_packets,
+            lost_packets: stats.path.lost_packets,
+        }
     }
 
     pub(super) fn close(&self, code: u32, reason: &str) {

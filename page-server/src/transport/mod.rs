@@ -57,6 +57,21 @@ impl std::fmt::Display for PeerInfo {
     }
 }
 
+/// How the path of a connection does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PathStats {
+    /// Smoothed round-trip time.
+    pub rtt: Duration,
+    /// Bytes that may be unacknowledged at the moment; over `rtt` it is what the path is thought to carry.
+    pub congestion_window: u64,
+    /// UDP payload of the packets, in bytes.
+    pub mtu: u16,
+    /// Packets sent so far.
+    pub sent_packets: u64,
+    /// Packets of them that were lost.
+    pub lost_packets: u64,
+}
+
 /// When batches are compressed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Compression {
@@ -93,7 +108,9 @@ pub struct Options {
     pub redial: bool,
     /// Connections that may be in their handshake at once; more are refused.
     pub max_handshakes: usize,
-    /// Largest UDP payload that path MTU discovery tries.
+    /// Largest UDP payload that path MTU discovery tries. The default fits Ethernet; 8952 fits jumbo frames, but where
+    /// socket buffers overflow, quinn takes the lost bursts of large packets for a path that swallows them, and goes down
+    /// to 1200 for a minute (seen on loopback).
     pub max_udp_payload: u16,
 }
 
@@ -111,7 +128,7 @@ impl Default for Options {
             resume_timeout: Duration::from_secs(30),
             redial: true,
             max_handshakes: 64,
-            max_udp_payload: 8952,
+            max_udp_payload: 1452,
         }
     }
 }

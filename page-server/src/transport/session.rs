@@ -10,7 +10,7 @@ use tokio::sync::watch;
 use whimbrel_images::page::PageSink;
 
 use super::{
-    Connection, Error, Options, PageSender, PeerInfo, ReceiveHandle, SessionRequest,
+    Connection, Error, Options, PageSender, PathStats, PeerInfo, ReceiveHandle, SessionRequest,
     connection::{CLOSE_DONE, CLOSE_FAILED, CLOSE_PROTOCOL, Dialer, Wire},
     endpoint::Common,
     link::{self, LinkHandle},
@@ -742,6 +742,11 @@ impl Session {
     /// Whether there is a connection at the moment. Without one, the session waits to be resumed.
     pub fn is_connected(&self) -> bool {
         self.shared().is_connected()
+    }
+
+    /// How the path to the peer does; `None` while there is no connection.
+    pub fn path_stats(&self) -> Option<PathStats> {
+        lock(&self.shared().inner).link.as_ref().map(LinkHandle::path)
     }
 
     /// Goes on with this connection, after the one before broke. Needed only where [`Options::redial`] is off or the

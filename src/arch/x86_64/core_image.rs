@@ -29,6 +29,12 @@ fn component(number: u32) -> (usize, usize) {
     (leaf.ebx as usize, leaf.eax as usize)
 }
 
+/// The state components that this processor and kernel save (XCR0).
+pub fn cpu_state_components() -> u64 {
+    let leaf = __cpuid_count(0xd, 0);
+    u64::from(leaf.eax) | u64::from(leaf.edx) << 32
+}
+
 /// Turns a thread's state into its image.
 ///
 /// # Errors

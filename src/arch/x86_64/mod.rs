@@ -7,7 +7,7 @@ mod gadget;
 mod registers;
 mod stub_text;
 
-pub use core_image::{from_image, to_image};
+pub use core_image::{cpu_state_components, from_image, to_image};
 pub use frame::{HealChain, build_heal_chain};
 pub use gadget::{find_restorer, find_syscall_return};
 pub use registers::{Registers, XState};

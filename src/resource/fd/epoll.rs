@@ -260,6 +260,7 @@ mod tests {
 
     #[test]
     fn items_with_their_numbers_are_added_by_the_task_with_events_and_data() {
+        let _alone = fixture::alone();
         let epoll = rustix::event::epoll::create(CreateFlags::CLOEXEC).unwrap();
         let inner = rustix::event::epoll::create(CreateFlags::CLOEXEC).unwrap();
         let ((reader, writer), (exclusive, other)) = (pipe(), pipe());
@@ -292,14 +293,15 @@ mod tests {
 
     #[test]
     fn an_item_whose_descriptor_was_replaced_watches_the_same_file_under_the_same_number() {
+        let _alone = fixture::alone();
         let epoll = rustix::event::epoll::create(CreateFlags::CLOEXEC).unwrap();
         let (reader, writer) = pipe();
         let (decoy, _decoy_writer) = pipe();
-        let kept = rustix::io::dup(&reader).unwrap();
+        let kept = reader.try_clone().unwrap();
         let number = reader.as_raw_fd();
         add(&epoll, &reader, libc::EPOLLIN as u32, 7);
         let mut reader = reader;
-        rustix::io::dup2(&decoy, &mut reader).unwrap();
+        rustix::io::dup3(&decoy, &mut reader, rustix::io::DupFlags::CLOEXEC).unwrap();
         // Now the number is the decoy's, and there are two items of that number.
         add(&epoll, &reader, libc::EPOLLIN as u32, 8);
         let dumped = fixture::dump(&[&kept, &writer, &reader, &epoll]);
@@ -315,9 +317,10 @@ mod tests {
 
     #[test]
     fn an_item_whose_file_nobody_has_is_refused_by_name() {
+        let _alone = fixture::alone();
         let epoll = rustix::event::epoll::create(CreateFlags::CLOEXEC).unwrap();
         let (reader, _writer) = pipe();
-        let _kept_outside_of_the_dump = rustix::io::dup(&reader).unwrap();
+        let _kept_outside_of_the_dump = reader.try_clone().unwrap();
         add(&epoll, &reader, libc::EPOLLIN as u32, 7);
         let number = reader.as_raw_fd();
         drop(reader);
@@ -327,5 +330,32 @@ mod tests {
             .chain();
         assert!(error.contains(&format!("item {number} ")), "{error}");
         assert!(error.contains("EPOLL_CTL_DEL"), "{error}");
+    }
+
+    #[test]
+    fn the_task_watches_its_own_descriptors() {
+        let _alone = fixture::alone();
+        let epoll = rustix::event::epoll::create(CreateFlags::CLOEXEC).unwrap();
+        let (reader, writer) = pipe();
+        let task = fixture::Task::start(&["sleep", "1000"], &epoll, &reader);
+        let item = EventpollTfdEntry {
+            tfd: 1,
+            events: (libc::EPOLLIN | libc::EPOLLONESHOT) as u32,
+            data: 0x1234_5678_9abc_def0,
+            ..EventpollTfdEntry::default()
+        };
+        let entry = FileEntry {
+            epfd: Some(EventpollFileEntry {
+                tfd: vec![item],
+                ..EventpollFileEntry::default()
+            }),
+            ..FileEntry::default()
+        };
+        let mut program = Program::new();
+        Epoll.install(&entry, 0, &mut program).unwrap();
+        task.run(&program);
+        rustix::io::write(&writer, b"x").unwrap();
+        assert_eq!(ready(&epoll), [(0x1234_5678_9abc_def0, 1)]);
+        assert_eq!(ready(&epoll), []);
     }
 }

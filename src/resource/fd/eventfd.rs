@@ -84,7 +84,7 @@ mod tests {
 
     #[test]
     fn the_counter_survives_and_goes_on_counting() {
-        let file = rustix::event::eventfd(0, EventfdFlags::NONBLOCK).unwrap();
+        let file = rustix::event::eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC).unwrap();
         rustix::io::write(&file, &(u64::from(u32::MAX) + 7).to_ne_bytes()).unwrap();
         let copy = fixture::carry(&file);
         assert_eq!(fixture::info(&copy).0, fixture::info(&file).0);
@@ -97,7 +97,7 @@ mod tests {
 
     #[test]
     fn a_semaphore_stays_one() {
-        let file = rustix::event::eventfd(3, EventfdFlags::SEMAPHORE).unwrap();
+        let file = rustix::event::eventfd(3, EventfdFlags::SEMAPHORE | EventfdFlags::CLOEXEC).unwrap();
         let copy = fixture::carry(&file);
         let mut value = [0; 8];
         rustix::io::read(&copy, &mut value).unwrap();

@@ -89,7 +89,9 @@ impl FileKind for Fifo {
             restore.held.insert(key, keeper);
         }
         let keeper = &restore.held[&key];
-        let file = fd::reopen(keeper.as_fd(), path.flags).with(|| failed().object(path.name.clone()))?;
+        // Packet mode cannot be opened, only set.
+        let file = fd::reopen(keeper.as_fd(), path.flags & !(libc::O_DIRECT as u32))
+            .with(|| failed().object(path.name.clone()))?;
         fd::restore_flags(file.as_fd(), path.flags, &path.fown)?;
         Ok(file)
     }
@@ -150,11 +152,12 @@ mod tests {
     }
 
     fn open(path: &std::path::Path, flags: OFlags) -> OwnedFd {
-        rustix::fs::open(path, flags, Mode::empty()).unwrap()
+        rustix::fs::open(path, flags | OFlags::CLOEXEC, Mode::empty()).unwrap()
     }
 
     #[test]
     fn both_ends_come_back_without_waiting_with_what_was_in_the_fifo() {
+        let _alone = fixture::alone();
         let (_directory, path) = make();
         let reader = open(&path, OFlags::RDONLY | OFlags::NONBLOCK);
         let writer = open(&path, OFlags::WRONLY);
@@ -180,6 +183,7 @@ mod tests {
 
     #[test]
     fn a_deleted_fifo_is_made_again_for_a_moment() {
+        let _alone = fixture::alone();
         let (_directory, path) = make();
         let both = open(&path, OFlags::RDWR);
         rustix::io::write(&both, b"kept").unwrap();
@@ -195,6 +199,7 @@ mod tests {
 
     #[test]
     fn a_fifo_that_somebody_outside_keeps_is_not_filled_twice() {
+        let _alone = fixture::alone();
         let (_directory, path) = make();
         let both = open(&path, OFlags::RDWR | OFlags::NONBLOCK);
         rustix::io::write(&both, b"once").unwrap();

@@ -70,26 +70,30 @@ impl FileKind for Memfd {
         Ok(file)
     }
 
-    /// Seals come last: they forbid what filling the memory needs.
+    /// Size and seals come last: the contents were written in whole pages, which seals would have forbidden.
     fn resume(&self, entry: &FileEntry, restore: &mut FileRestore<'_>) -> Result<()> {
         let inode_id = memfd_of(entry)?.inode_id;
-        let seals = SealFlags::from_bits_retain(inode(inode_id, restore)?.seals);
+        let inode = inode(inode_id, restore)?;
+        let seals = SealFlags::from_bits_retain(inode.seals);
         let Some(file) = restore.held.get(&(FdTypes::Memfd, u64::from(inode_id))) else {
             return Ok(());
         };
         let now = rustix::fs::fcntl_get_seals(file)
             .map_err(std::io::Error::from)
             .context("ask for the seals of a memfd")?;
-        if now.contains(seals) {
+        if !seals.is_empty() && now.contains(seals) {
             return Ok(());
         }
+        rustix::fs::ftruncate(file, inode.size)
+            .map_err(std::io::Error::from)
+            .with(|| Error::new("size a memfd").object(format!("memfd {inode_id}")))?;
         rustix::fs::fcntl_add_seals(file, seals)
             .map_err(std::io::Error::from)
             .with(|| Error::new("seal a memfd").object(format!("memfd {inode_id}")))
     }
 }
 
-/// Is a file, open or mapped, a memfd? A file on disk may have the name of one, but is on another file system.
+/// Is a file, open or mapped, a memfd? (A deleted file of such a name in a root directory is carried as well as one.)
 pub fn is_memfd(link: &[u8], stat: &rustix::fs::Stat) -> bool {
     link.starts_with(PREFIX) && link.ends_with(b" (deleted)") && stat.st_nlink == 0
 }
@@ -263,7 +267,7 @@ mod tests {
     use std::os::unix::fs::FileExt;
 
     fn make(name: &str) -> File {
-        File::from(rustix::fs::memfd_create(name, MemfdFlags::ALLOW_SEALING).unwrap())
+        File::from(rustix::fs::memfd_create(name, MemfdFlags::ALLOW_SEALING | MemfdFlags::CLOEXEC).unwrap())
     }
 
     #[test]
@@ -276,7 +280,7 @@ mod tests {
         rustix::fs::fcntl_add_seals(&file, seals).unwrap();
         let dumped = fixture::dump(&[&file]);
         let mut restore = dumped.context();
-        fd::open_all(&mut restore).unwrap();
+        fd::open_all(&mut restore, &|_| true).unwrap();
         for (shmid, segment) in segments(&mut restore).unwrap() {
             assert_eq!(shmid, 1);
             File::from(segment).write_all_at(b"contents", 3).unwrap();
@@ -311,5 +315,62 @@ mod tests {
         assert_eq!(&bytes, b"seen");
         assert!(rustix::io::write(&files[1], b"x").is_err());
         assert_eq!(rustix::fs::fstat(&files[2]).unwrap().st_size, 0);
+    }
+
+    #[test]
+    fn a_mapped_memfd_is_dumped_once_however_many_files_and_mappings_show_it() {
+        let _alone = fixture::alone();
+        let file = make("mapped");
+        file.write_all_at(b"contents", 0).unwrap();
+        file.set_len(8192).unwrap();
+        let reader = fd::reopen(file.as_fd(), libc::O_RDONLY as u32).unwrap();
+        let task = fixture::Task::start(&["setsid", "sleep", "1000"], &OwnedFd::from(file), &reader);
+        let mut program = crate::remote::Program::new();
+        for (fd, prot) in [(0, libc::PROT_READ | libc::PROT_WRITE), (1, libc::PROT_READ)] {
+            let args = [
+                0.into(),
+                8192.into(),
+                prot.into(),
+                libc::MAP_SHARED.into(),
+                fd.into(),
+                0.into(),
+            ];
+            program.call("map a memfd", libc::SYS_mmap, &args);
+        }
+        task.run(&program);
+
+        let options = crate::dump::Options {
+            shell_job: true,
+            ..Default::default()
+        };
+        let prepared = crate::dump::Prepared::look(task.pid()).unwrap();
+        let frozen = crate::dump::freeze(task.pid(), prepared, &options).unwrap_or_else(|e| panic!("{}", e.chain()));
+        let store = whimbrel_images::store::MemStore::new();
+        let collected = &frozen.collected;
+        collected
+            .check_files(&store, &options)
+            .unwrap_or_else(|error| panic!("{}", error.chain()));
+        let entries = collected.dump_files(&store, &options).unwrap();
+        frozen.tree.resume().unwrap();
+
+        let mapped: Vec<_> = collected.tasks[0]
+            .mm
+            .vmas
+            .iter()
+            .filter(|vma| vma.status & crate::resource::mem::mapping::status::MEMFD != 0)
+            .map(|vma| (vma.fdflags, entries[&(vma.shmid as u32)].memfd.as_ref().unwrap()))
+            .collect();
+        let files = entries.values().filter_map(|entry| entry.memfd.as_ref());
+        let inodes_of_files: Vec<_> = files.map(|memfd| memfd.inode_id).collect();
+        assert_eq!(inodes_of_files, [1, 1, 1, 1], "two descriptors and two mappings");
+        assert_eq!(mapped.len(), 2);
+        assert!(mapped.iter().all(|(flags, memfd)| *flags == Some(memfd.flags)));
+        assert_eq!(collected.segments.iter().count(), 1);
+        let restore_options = crate::restore::Options::default();
+        let mut restore = FileRestore::new(&store, &restore_options, &entries);
+        let inode = inodes(&restore).unwrap().remove(&1).unwrap();
+        assert_eq!((inode.name.as_str(), inode.size, inode.shmid), ("mapped", 8192, 1));
+        let copy = Memfd.open(&entries[&mapped[0].1.id], &mut restore).unwrap();
+        assert_eq!(rustix::fs::fstat(&copy).unwrap().st_size, 8192);
     }
 }

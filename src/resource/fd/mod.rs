@@ -6,11 +6,15 @@ pub(crate) mod fixture;
 pub mod epoll;
 pub mod eventfd;
 pub mod fifo;
+pub mod inotify;
+pub mod locks;
 pub mod memfd;
+pub mod pidfd;
 pub mod pipe;
 pub mod regular;
 pub mod signalfd;
 pub mod timerfd;
+pub mod tty;
 
 use std::collections::{BTreeMap, HashMap};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -247,7 +251,8 @@ impl<'a> FileRestore<'a> {
 pub fn open_all(restore: &mut FileRestore<'_>, wanted: &dyn Fn(u32) -> bool) -> Result<()> {
     let entries = restore.entries;
     let parts = parts_of(entries);
-    for (&id, entry) in entries.iter().filter(|(id, _)| wanted(**id) && !parts.contains(id)) {
+    let wanted = |id: u32| wanted(id) && !parts.contains(&id);
+    for (&id, entry) in entries.iter().filter(|(id, _)| wanted(**id)) {
         let kind = kind_of(entry)?;
         let file = kind
             .open(entry, restore)
@@ -279,15 +284,12 @@ fn parts_of(entries: &BTreeMap<u32, FileEntry>) -> std::collections::HashSet<u32
 /// When no kind of ours does.
 pub fn kind_of(entry: &FileEntry) -> Result<&'static dyn FileKind> {
     let kinds = crate::resource::FILE_KINDS.iter();
-    kinds
-        .copied()
-        .find(|kind| kind.types().contains(&entry.r#type()))
-        .ok_or_else(|| {
-            Error::new("restore a file").object(describe(entry)).because(format!(
-                "files of type {} are not supported yet",
-                entry.r#type().as_str_name()
-            ))
-        })
+    kinds.copied().find(|kind| kind.restores(entry)).ok_or_else(|| {
+        Error::new("restore a file").object(describe(entry)).because(format!(
+            "files of type {} are not supported yet",
+            entry.r#type().as_str_name()
+        ))
+    })
 }
 
 /// Names an entry in messages.

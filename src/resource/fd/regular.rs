@@ -137,7 +137,7 @@ pub fn describe_path(source: &Source<'_>, handle: &OwnedFd, id: u32, dump: &mut 
         // The same file must be found by that name where the task's root is.
         let path = format!("/proc/{}/root{}", source.pid, name_text);
         let found = std::fs::symlink_metadata(&path).ok();
-        if !found.is_some_and(|found| (found.dev(), found.ino()) == (stat.st_dev, stat.st_ino)) {
+        if found.is_none_or(|found| (found.dev(), found.ino()) != (stat.st_dev, stat.st_ino)) {
             return Err(Error::new("find a file by its name")
                 .task(source.pid)
                 .object(object())

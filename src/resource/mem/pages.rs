@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use whimbrel_images::page::{PAGE_SIZE, PageRun};
 
@@ -18,7 +19,10 @@ pub struct Pages {
     memory: RemoteMemory,
     /// For mappings without read permission, which process_vm_readv(2) refuses.
     forced: File,
-    scan: bool,
+    scan: AtomicBool,
+    /// Is there anywhere to swap to? Without, the kernel's marks on write-protected pages that were never touched, which it
+    /// shows as swapped, can be told from contents.
+    swap: bool,
 }
 
 impl Pages {
@@ -34,7 +38,8 @@ impl Pages {
             pagemap: open("pagemap")?,
             memory: RemoteMemory::new(pid),
             forced: open("mem")?,
-            scan: true,
+            scan: AtomicBool::new(true),
+            swap: std::fs::read_to_string("/proc/swaps").map_or(true, |text| text.lines().count() > 1),
         })
     }
 
@@ -48,13 +53,17 @@ impl Pages {
     ///
     /// # Errors
     /// When the page table cannot be read.
-    pub fn own(&mut self, start: u64, end: u64, runs: &mut Vec<PageRun>) -> Result<()> {
-        if self.scan {
+    pub fn own(&self, start: u64, end: u64, runs: &mut Vec<PageRun>) -> Result<()> {
+        if self.scan.load(Ordering::Relaxed) {
             let not = Categories::PFNZERO | Categories::FILE;
             let request = ScanRequest {
                 mask: not,
                 inverted: not,
-                any_of: Categories::PRESENT | Categories::SWAPPED,
+                any_of: if self.swap {
+                    Categories::PRESENT | Categories::SWAPPED
+                } else {
+                    Categories::PRESENT
+                },
                 returned: Categories::NONE,
                 ..ScanRequest::default()
             };
@@ -68,7 +77,9 @@ impl Pages {
                     return Ok(());
                 }
                 // Before Linux 6.7: read the entries themselves.
-                Err(error) if matches!(error.raw_os_error(), Some(libc::ENOTTY | libc::EINVAL)) => self.scan = false,
+                Err(error) if matches!(error.raw_os_error(), Some(libc::ENOTTY | libc::EINVAL)) => {
+                    self.scan.store(false, Ordering::Relaxed)
+                }
                 Err(error) => return Err(Error::new("scan the page table").task(self.pid).because(error)),
             }
         }
@@ -203,7 +214,7 @@ mod tests {
         let offset = (base - memory.as_ptr() as u64) as usize;
         memory[offset + 3 * PAGE_SIZE] = 7;
         memory[offset + 9 * PAGE_SIZE] = 9;
-        let mut pages = Pages::open(std::process::id() as i32).unwrap();
+        let pages = Pages::open(std::process::id() as i32).unwrap();
         let (mut scanned, mut by_entries) = (Vec::new(), Vec::new());
         pages.own(base, base + 32 * PAGE_SIZE as u64, &mut scanned).unwrap();
         pages

@@ -1,0 +1,576 @@
+//! The destination's half of a migration.
+
+use std::collections::{HashMap, HashSet};
+use std::path::PathBuf;
+use std::sync::mpsc::Receiver;
+use std::time::{Duration, Instant};
+
+use whimbrel_images::page::{MemoryObject, PAGE_SIZE, PageRun, PageSink};
+use whimbrel_images::proto::VmaEntry;
+use whimbrel_images::store::MemStore;
+use whimbrel_lazy::ioctl::{Features, RegisterMode, Userfault};
+use whimbrel_lazy::{LazyConfig, LazyRange, LazyServer};
+use whimbrel_page_server::transport::{FaultClient, FaultLink, Session};
+
+use super::standby::{Standby, StandbySink};
+use super::wire::{self, Begin, Body, Failed, Final, Finished, Prepared, Ready, RunningThere};
+use crate::dump::runs::RunSet;
+use crate::error::{Context, Error, Result};
+use crate::kernel::address::{self, MovedAddress};
+use crate::kernel::sys;
+use crate::remote::Program;
+use crate::resource::fd::FileRestore;
+use crate::resource::mem::{mapping, mapping::status};
+use crate::restore::build::Skeleton;
+use crate::restore::memory::Plan;
+use crate::restore::state::Ready as ReadyTree;
+use crate::restore::{self, Build};
+use crate::tree::{TaskImage, TreeImage};
+
+/// Room for pages that wait for their mappings, beyond what the source announced, in bytes.
+const EXTRA_ROOM: u64 = 64 << 20;
+
+/// What happens at this destination, for whoever shows it.
+pub trait Observer: Send + Sync {
+    /// One line about a migration.
+    fn note(&self, text: &str);
+}
+
+/// Settings of a destination.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Where the files of the tree are found.
+    pub root: PathBuf,
+    /// The runtime that drives the endpoint.
+    pub runtime: tokio::runtime::Handle,
+}
+
+/// What became of a migration.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// It was only a look.
+    Looked,
+    /// The tree runs here.
+    Running {
+        /// Its root, in our pid namespace.
+        pid: i32,
+    },
+    /// It will never run here.
+    Discarded,
+}
+
+/// Told where a migration stands, for sources that come back and ask.
+pub trait Registry: Send + Sync {
+    /// The tree waits for Commit.
+    fn waiting(&self);
+    /// The tree runs.
+    fn running(&self);
+}
+
+/// Serves one migration from its first message to its end. Must be called on a thread of its own: it traces.
+///
+/// # Errors
+/// When it fails before Commit (nothing is left then), or when the memory cannot be completed after it.
+pub fn run(
+    session: &Session,
+    faults: &Receiver<FaultLink>,
+    options: &Options,
+    registry: &dyn Registry,
+    observer: &dyn Observer,
+) -> Result<Outcome> {
+    let result = serve(session, faults, options, registry, observer);
+    if let Err(error) = &result {
+        let _ = session.send_message_blocking(wire::encode(Body::Failed(Failed { reason: error.chain() })));
+    }
+    result
+}
+
+fn receive(session: &Session) -> Result<Option<Body>> {
+    let message = session.recv_message_blocking().context("hear from the source")?;
+    message.map(|bytes| wire::decode(&bytes)).transpose()
+}
+
+fn send(session: &Session, body: Body) -> Result<()> {
+    session
+        .send_message_blocking(wire::encode(body))
+        .context("answer the source")
+}
+
+fn serve(
+    session: &Session,
+    faults: &Receiver<FaultLink>,
+    options: &Options,
+    registry: &dyn Registry,
+    observer: &dyn Observer,
+) -> Result<Outcome> {
+    let Some(Body::Begin(begin)) = receive(session)? else {
+        return Err(Error::new("begin a migration").because("the source began with something else"));
+    };
+    let blockers = preflight(&begin, options);
+    if begin.dry_run || !blockers.is_empty() {
+        observer.note(&format!("{}: {} reasons against", begin.name, blockers.len()));
+        send(session, Body::Ready(Ready { blockers }))?;
+        session.close_blocking().ok();
+        return Ok(Outcome::Looked);
+    }
+    let restore_options = restore::Options {
+        root: options.root.clone(),
+        tcp_established: begin.tcp_established,
+        new_session: true,
+        ..restore::Options::default()
+    };
+    // As everything that can fail with a reason that the user can mend, a taken pid is told as a blocker.
+    let (build, sink) = match stage(&begin, restore_options.clone()) {
+        Ok(staged) => staged,
+        Err(error) => {
+            send(
+                session,
+                Body::Ready(Ready {
+                    blockers: vec![error.chain()],
+                }),
+            )?;
+            session.close_blocking().ok();
+            return Ok(Outcome::Discarded);
+        }
+    };
+    let moved = MovedAddress::parse(&begin.move_address, &begin.move_device)?;
+    let pump = session.receive_into(Box::new(sink.clone()));
+    send(session, Body::Ready(Ready::default()))?;
+    observer.note(&format!("{}: memory arrives", begin.name));
+
+    let last = match receive(session)? {
+        Some(Body::Final(last)) => last,
+        Some(Body::Abort(_)) | None => {
+            observer.note(&format!("{}: given up by the source", begin.name));
+            return Ok(Outcome::Discarded);
+        }
+        Some(_) => return Err(Error::new("receive a tree").because("the source sent something else than its images")),
+    };
+    let started = Instant::now();
+    let store = MemStore::new();
+    for (name, bytes) in session.take_blobs() {
+        store.insert(&name, bytes.to_vec()).context("take an image")?;
+    }
+    let image = TreeImage::load(&store)?;
+    // The address must be here before sockets can be bound to it; it is announced when the tree runs.
+    let address = moved.as_ref().map(|moved| address::Added::add(moved)).transpose()?;
+    let mut put = put_together(build, &sink, &image, &store, &restore_options, &last)?;
+    put.ready.arm()?;
+    send(
+        session,
+        Body::Prepared(Prepared {
+            microseconds: started.elapsed().as_micros() as u64,
+        }),
+    )?;
+    registry.waiting();
+    observer.note(&format!("{}: put together, waits for the decision", begin.name));
+
+    match receive(session) {
+        Ok(Some(Body::Commit(_))) => {}
+        Ok(_) => {
+            observer.note(&format!("{}: given up by the source", begin.name));
+            return Ok(Outcome::Discarded);
+        }
+        Err(error) => return Err(error),
+    }
+    let committed = Instant::now();
+    let pid = put.ready.root_pid().unwrap_or_default();
+    put.ready.go()?;
+    registry.running();
+    if let Some(address) = address {
+        address.keep_and_announce();
+    }
+    let microseconds = committed.elapsed().as_micros() as u64;
+    observer.note(&format!("{}: runs as pid {pid}", begin.name));
+    // Whether the source hears it or not, the tree runs: it will ask.
+    let told = send(
+        session,
+        Body::Running(RunningThere {
+            pid: pid as u32,
+            microseconds,
+        }),
+    );
+    if put.lazy.is_empty() {
+        told.ok();
+    } else {
+        let finished = follow(put.lazy, faults, &options.runtime, observer)?;
+        observer.note(&format!("{}: all memory is here", begin.name));
+        send(session, Body::Finished(finished)).ok();
+    }
+    session.close_blocking().ok();
+    let _ = pump.finished_blocking();
+    Ok(Outcome::Running { pid })
+}
+
+/// Every reason why this tree cannot run here, as far as it can be told without making anything.
+fn preflight(begin: &Begin, options: &Options) -> Vec<String> {
+    let mut blockers = Vec::new();
+    for file in &begin.files {
+        let path = options.root.join(file.path.trim_start_matches('/'));
+        match std::fs::metadata(&path) {
+            Err(error) => blockers.push(format!("file {}: {error}; install it on this host", file.path)),
+            Ok(found) if found.is_file() && file.size != found.len() && file.size != 0 => {
+                let sizes = format!("{} bytes here, {} at the source", found.len(), file.size);
+                blockers.push(format!("file {}: {sizes}; install the same version", file.path));
+            }
+            Ok(found) if found.is_file() && !file.build_id.is_empty() => {
+                let id =
+                    std::fs::File::open(&path).map(|opened| crate::resource::fd::regular::build_id(&opened.into()));
+                if id.is_ok_and(|id| id != file.build_id) {
+                    blockers.push(format!(
+                        "file {}: another build id than at the source; install the same version",
+                        file.path
+                    ));
+                }
+            }
+            Ok(_) => {}
+        }
+    }
+    for task in &begin.tasks {
+        let pid = task.entry.as_ref().map_or(0, |entry| entry.pid);
+        if std::path::Path::new(&format!("/proc/{pid}")).exists() {
+            blockers.push(format!(
+                "pid {pid} is in use here; end that process, or serve in a new pid namespace"
+            ));
+        }
+    }
+    let available = available_memory();
+    if begin.memory > available {
+        let (needed, here) = (begin.memory >> 20, available >> 20);
+        blockers.push(format!(
+            "{needed} MiB of memory are needed and {here} MiB are available"
+        ));
+    }
+    for text in begin
+        .addresses
+        .iter()
+        .filter(|text| !begin.move_address.starts_with(&format!("{text}/")))
+    {
+        let ours = text
+            .parse()
+            .is_ok_and(|address: std::net::IpAddr| address.is_loopback() || address::is_local(address));
+        if !ours {
+            blockers.push(format!(
+                "address {text} is not on this host; use --move-address {text}/PREFIX, or add it in an action script"
+            ));
+        }
+    }
+    let missing = begin.cpu_state & !crate::arch::cpu_state_components();
+    if missing != 0 {
+        blockers.push(format!(
+            "this processor lacks the state components {missing:#x} that the source's has"
+        ));
+    }
+    if let Err(error) = MovedAddress::parse(&begin.move_address, &begin.move_device) {
+        blockers.push(error.chain());
+    }
+    blockers
+}
+
+/// MemAvailable of /proc/meminfo, in bytes.
+fn available_memory() -> u64 {
+    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
+    let kilobytes = line.and_then(|value| value.trim().trim_end_matches(" kB").parse::<u64>().ok());
+    kilobytes.map_or(u64::MAX, |kilobytes| kilobytes << 10)
+}
+
+/// Creates the tasks and maps what is known of their memory.
+fn stage(begin: &Begin, options: restore::Options) -> Result<(Build, StandbySink)> {
+    let mut skeleton = Skeleton {
+        highest_descriptor: begin.highest_descriptor,
+        ..Skeleton::default()
+    };
+    let mut known = HashSet::from([0]);
+    for task in &begin.tasks {
+        let entry = task
+            .entry
+            .clone()
+            .ok_or_else(|| Error::new("stage a tree").because("a task has no ids"))?;
+        if !known.insert(entry.pid) || !known.contains(&entry.ppid) {
+            return Err(Error::new("stage a tree")
+                .task(entry.pid as i32)
+                .because("its pid or parent is wrong"));
+        }
+        mapping::validate(&task.vmas)?;
+        skeleton.ranges.extend(task.vmas.iter().map(|vma| (vma.start, vma.end)));
+        skeleton.tasks.push((entry, task.zombie));
+    }
+    let mut build = Build::tasks(&skeleton, options)?;
+    let mut standby = Standby::new(begin.memory.saturating_add(EXTRA_ROOM));
+    for task in begin.tasks.iter().filter(|task| !task.zombie) {
+        let pid = task.entry.as_ref().map_or(0, |entry| entry.pid);
+        let staged: Vec<&VmaEntry> = task
+            .staged
+            .iter()
+            .filter_map(|&index| task.vmas.get(index as usize))
+            .collect();
+        let anonymous = |vma: &&&VmaEntry| vma.status & status::ANON_PRIVATE != 0 && !mapping::is_kernel_made(vma);
+        let staged: Vec<&VmaEntry> = staged.iter().filter(anonymous).copied().collect();
+        // This kernel's vdso may be in the way: it goes where it belongs first.
+        build.clear_the_way(pid, &task.vmas)?;
+        let plans: Vec<Plan<'_>> = staged
+            .iter()
+            .map(|vma| Plan {
+                vma,
+                writable: mapping::needs_write(vma, false),
+            })
+            .collect();
+        build.map(pid, &plans, &HashMap::new())?;
+        let set = RunSet::from_ranges(staged.iter().map(|vma| (vma.start, vma.end)).collect());
+        standby.add(pid, build.tid_of(pid)?, set)?;
+    }
+    Ok((build, StandbySink::new(standby)))
+}
+
+struct PutTogether<'a> {
+    ready: ReadyTree<'a>,
+    lazy: Vec<(u32, Userfault, Vec<LazyRange>)>,
+}
+
+/// Brings the staged memory in line with the images, and restores everything else.
+fn put_together<'a>(
+    mut build: Build,
+    sink: &StandbySink,
+    image: &'a TreeImage,
+    store: &'a MemStore,
+    options: &'a restore::Options,
+    last: &Final,
+) -> Result<PutTogether<'a>> {
+    let mut files = FileRestore::new(store, options, &image.files);
+    let backing = build.open_backing(image, &mut files)?;
+    let lazy: HashMap<u32, RunSet> = last
+        .lazy
+        .iter()
+        .map(|pages| {
+            (
+                pages.pid,
+                RunSet::from_ranges(pages.bounds.chunks_exact(2).map(|pair| (pair[0], pair[1])).collect()),
+            )
+        })
+        .collect();
+    let living = || image.tasks.iter().filter(|task| !task.is_zombie());
+    let mut patches = Vec::new();
+    for task in living() {
+        let pid = task.entry.pid;
+        let failed = |error: Error| error.task(pid as i32);
+        let covered = align_staged(&mut build, sink, task).map_err(failed)?;
+        let vdso = vdso_contents(sink, task);
+        let waits = |start: u64, end: u64| sink.lock().waits_for(pid, start, end);
+        let made = build
+            .map_task(task, &backing, vdso.as_deref(), &covered, &waits)
+            .map_err(failed)?;
+        patches.push((pid, made));
+        if let Some(missing) = lazy.get(&pid) {
+            forget(&mut build, pid, missing).map_err(failed)?;
+        }
+    }
+    let mut memory = build.memory_sink()?;
+    let waiting = sink.lock().take_waiting();
+    let kernels_own: HashMap<u32, (u64, u64)> = living()
+        .filter(|task| {
+            patches
+                .iter()
+                .any(|(pid, patches)| *pid == task.entry.pid && patches.is_empty())
+        })
+        .filter_map(|task| {
+            let vma = task.mm.vmas.iter().find(|vma| vma.status & status::VDSO != 0)?;
+            Some((task.entry.pid, (vma.start, vma.end)))
+        })
+        .collect();
+    for ((object, address), bytes) in waiting {
+        let vdso = match object {
+            MemoryObject::Task(pid) => kernels_own
+                .get(&pid)
+                .is_some_and(|&(start, end)| (start..end).contains(&address)),
+            MemoryObject::Shmem(_) => false,
+        };
+        if !vdso {
+            let failed = || Error::new("fill memory").object(format!("{object:?} {address:#x}"));
+            memory
+                .write_pages(
+                    object,
+                    PageRun {
+                        start: address,
+                        pages: 1,
+                    },
+                    &bytes,
+                )
+                .with(failed)?;
+        }
+    }
+    for (pid, patches) in &patches {
+        let memory = crate::remote::RemoteMemory::new(build.tid_of(*pid)?);
+        patches
+            .iter()
+            .try_for_each(|(at, bytes)| memory.write_forced(crate::remote::RemoteAddr(*at), bytes))?;
+    }
+    for task in living() {
+        build
+            .settle_all(task)
+            .map_err(|error| error.task(task.entry.pid as i32))?;
+    }
+    // Made while the tasks still have all privileges; registered last, so that putting together meets no missing page.
+    let mut watches = Vec::new();
+    for task in living() {
+        if let Some(missing) = lazy.get(&task.entry.pid).filter(|missing| !missing.is_empty()) {
+            watches.push((task.entry.pid, make_userfaultfd(&mut build, task.entry.pid)?, missing));
+        }
+    }
+    let ready = build.complete(image, files, &backing)?;
+    let lazy = watches
+        .into_iter()
+        .map(|(pid, uffd, missing)| register_missing(pid, uffd, missing))
+        .collect::<Result<_>>()?;
+    Ok(PutTogether { ready, lazy })
+}
+
+/// Makes the staged mappings of a task those of the image, where they are not already; returns the image's mappings that
+/// need nothing more.
+fn align_staged(build: &mut Build, sink: &StandbySink, task: &TaskImage) -> Result<HashSet<(u64, u64)>> {
+    let pid = task.entry.pid;
+    let staged = match sink.lock().tasks.get_mut(&pid) {
+        Some(task) => std::mem::take(&mut task.staged),
+        None => return Ok(HashSet::new()),
+    };
+    let anonymous = |vma: &&VmaEntry| vma.status & status::ANON_PRIVATE != 0 && !mapping::is_kernel_made(vma);
+    let stays = RunSet::from_ranges(
+        task.mm
+            .vmas
+            .iter()
+            .filter(anonymous)
+            .map(|vma| (vma.start, vma.end))
+            .collect(),
+    );
+    let mut program = Program::new();
+    for &(start, end) in staged.subtract(&stays).ranges() {
+        program.call(
+            "unmap what is gone",
+            libc::SYS_munmap,
+            &[start.into(), (end - start).into()],
+        );
+    }
+    let (mut covered, mut pieces) = (HashSet::new(), Vec::new());
+    for vma in task.mm.vmas.iter().filter(anonymous) {
+        let range = RunSet::from_ranges(vec![(vma.start, vma.end)]);
+        let there = staged.intersect(&range);
+        if there.is_empty() {
+            continue;
+        }
+        covered.insert((vma.start, vma.end));
+        for &(start, end) in there.ranges() {
+            program.call(
+                "protect",
+                libc::SYS_mprotect,
+                &[start.into(), (end - start).into(), vma.prot.into()],
+            );
+        }
+        // A heap or stack that has grown: its new part is mapped beside the old one, and the kernel joins them.
+        for &(start, end) in range.subtract(&there).ranges() {
+            pieces.push(VmaEntry {
+                start,
+                end,
+                ..vma.clone()
+            });
+        }
+    }
+    build.run_in(pid, &program)?;
+    let plans: Vec<Plan<'_>> = pieces.iter().map(|vma| Plan { vma, writable: false }).collect();
+    build.map(pid, &plans, &HashMap::new())?;
+    Ok(covered)
+}
+
+/// The code of the vdso that the source had, where it was sent.
+fn vdso_contents(sink: &StandbySink, task: &TaskImage) -> Option<Vec<u8>> {
+    let vma = task.mm.vmas.iter().find(|vma| vma.status & status::VDSO != 0)?;
+    let run = PageRun {
+        start: vma.start,
+        pages: ((vma.end - vma.start) / PAGE_SIZE as u64).min(64),
+    };
+    sink.lock().peek(MemoryObject::Task(task.entry.pid), run)
+}
+
+/// Drops staged pages that are out of date, so that they fault.
+fn forget(build: &mut Build, pid: u32, missing: &RunSet) -> Result<()> {
+    let mut program = Program::new();
+    for &(start, end) in missing.ranges() {
+        let args = [start.into(), (end - start).into(), libc::MADV_DONTNEED.into()];
+        program.call("drop a stale page", libc::SYS_madvise, &args);
+    }
+    build.run_in(pid, &program).map(drop)
+}
+
+/// A userfaultfd of a task, which only the task itself can make.
+fn make_userfaultfd(build: &mut Build, pid: u32) -> Result<Userfault> {
+    let failed = || Error::new("make a userfaultfd").task(pid as i32);
+    let mut program = Program::new();
+    let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
+    let made = program.call("make a userfaultfd", libc::SYS_userfaultfd, &[flags.into()]);
+    let remote = build.run_in(pid, &program)?.result(made) as i32;
+    let uffd = Userfault::from(sys::take_descriptor(build.tid_of(pid)?, remote).with(failed)?);
+    let mut program = Program::new();
+    program.call("close the userfaultfd", libc::SYS_close, &[remote.into()]);
+    build.run_in(pid, &program)?;
+    let events = Features::EVENT_FORK | Features::EVENT_REMAP | Features::EVENT_REMOVE | Features::EVENT_UNMAP;
+    uffd.api(events).with(failed)?;
+    Ok(uffd)
+}
+
+fn register_missing(pid: u32, uffd: Userfault, missing: &RunSet) -> Result<(u32, Userfault, Vec<LazyRange>)> {
+    let mut ranges = Vec::new();
+    for &(start, end) in missing.ranges() {
+        let failed = || {
+            Error::new("watch missing pages")
+                .task(pid as i32)
+                .object(format!("{start:#x}-{end:#x}"))
+        };
+        uffd.register(start, end - start, RegisterMode::MISSING).with(failed)?;
+        let mut range = LazyRange::anonymous(MemoryObject::Task(pid), start, (end - start) / PAGE_SIZE as u64);
+        // Every one of these pages held something at the source: there is no excuse for zeros.
+        range.flags.absent_is_zero = false;
+        ranges.push(range);
+    }
+    Ok((pid, uffd, ranges))
+}
+
+/// Serves faults and fetches the rest until all memory is here. Links come and go; the tasks wait.
+fn follow(
+    lazy: Vec<(u32, Userfault, Vec<LazyRange>)>,
+    faults: &Receiver<FaultLink>,
+    runtime: &tokio::runtime::Handle,
+    observer: &dyn Observer,
+) -> Result<Finished> {
+    let link = faults.recv().context("await the connection for page requests")?;
+    let client = {
+        let _inside = runtime.enter();
+        FaultClient::new(link).context("ask for pages")?
+    };
+    let source = std::sync::Arc::new(client.clone());
+    let server = LazyServer::new(LazyConfig::default(), source.clone(), source).context("serve page faults")?;
+    for (pid, uffd, ranges) in lazy {
+        server
+            .add_task(uffd.into(), pid, &ranges)
+            .context("serve page faults")?;
+    }
+    loop {
+        match server.wait_complete(Some(Duration::from_millis(200))) {
+            Ok(progress) => {
+                client.close();
+                return Ok(Finished {
+                    faults: progress.stats.faults,
+                    pages: progress.stats.fault_pages + progress.stats.prefetched,
+                    fault_p50: progress.stats.fault_p50.as_micros() as u64,
+                    fault_p99: progress.stats.fault_p99.as_micros() as u64,
+                });
+            }
+            Err(whimbrel_lazy::LazyError::Incomplete { .. }) => {
+                while let Ok(link) = faults.try_recv() {
+                    observer.note("the source is back");
+                    client.replace_connection(link).ok();
+                    server.retry_now();
+                }
+            }
+            Err(error) => return Err(error).context("complete the memory"),
+        }
+    }
+}
