@@ -2,11 +2,12 @@
 
 use std::ffi::OsString;
 use std::process::ExitCode;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use clap::Args;
 
 use whimbrel::error::{Context as _, Error, Result};
+use whimbrel::procfs;
 use whimbrel::restore::{self, state};
 use whimbrel::tree::TreeImage;
 use whimbrel_images::chain::PageStore;
@@ -92,6 +93,7 @@ impl Run for Restore {
         if capabilities.any() {
             cpuinfo::check(&store, capabilities)?;
         }
+        await_reaping(&image);
         scripts.run(Stage::PreRestore, None)?;
 
         tracing::info!("Restoring {} tasks", image.tasks.len());
@@ -183,6 +185,19 @@ impl Restore {
             return Ok(ExitCode::SUCCESS);
         }
         wait_for(root)
+    }
+}
+
+/// A tree that was just dumped may still wait as zombies for a parent (often a slow init) to take note: gives it a second.
+/// A pid that is taken for longer shows when the task is created.
+fn await_reaping(image: &TreeImage) {
+    let deadline = Instant::now() + Duration::from_secs(1);
+    let dead = |pid: u32| {
+        let stat = procfs::read(pid as i32, "stat").and_then(|text| procfs::stat::parse(&text));
+        stat.is_ok_and(|stat| stat.state == b'Z')
+    };
+    while Instant::now() < deadline && image.tasks.iter().any(|task| dead(task.entry.pid)) {
+        std::thread::sleep(Duration::from_millis(5));
     }
 }
 
