@@ -512,6 +512,62 @@ fn man_pages_and_completions_are_made() {
 }
 
 #[test]
+fn a_connection_outlives_a_dump_and_its_peer_notices_nothing() {
+    use std::io::{Read, Write};
+    if !is_root() {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let images = directory.path().display().to_string();
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let code = format!(
+        "import socket\ns = socket.create_connection(('127.0.0.1', {port}))\nwhile True:\n d = s.recv(100)\n if not d: break\n s.sendall(d.upper())\n"
+    );
+    let mut child = Command::new("setsid")
+        .args(["/usr/bin/python3", "-c", &code])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let (mut peer, _) = listener.accept().unwrap();
+    peer.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    let ask = |text: &str, peer: &mut std::net::TcpStream| {
+        let mut answer = vec![0; text.len()];
+        peer.write_all(text.as_bytes()).unwrap();
+        peer.read_exact(&mut answer).unwrap();
+        assert_eq!(String::from_utf8(answer).unwrap(), text.to_uppercase());
+    };
+    ask("first", &mut peer);
+    let pid = child.id().to_string();
+    refused(&whimbrel(&["dump", "-t", &pid, "-D", &images]), "use --tcp-established");
+    ask("still here", &mut peer);
+    good(&whimbrel(&[
+        "dump",
+        "-t",
+        &pid,
+        "-D",
+        &images,
+        "--tcp-established",
+        "-R",
+    ]));
+    ask("and running", &mut peer);
+    good(&whimbrel(&["dump", "-t", &pid, "-D", &images, "--tcp-established"]));
+    child.wait().unwrap();
+    // Sent to nobody: the lock holds it back, so that no kernel answers with a reset.
+    peer.write_all(b"meanwhile").unwrap();
+    std::thread::sleep(Duration::from_millis(300));
+    refused(&whimbrel(&["restore", "-d", "-D", &images]), "use --tcp-established");
+    good(&whimbrel(&["restore", "-d", "-D", &images, "--tcp-established"]));
+    let mut answer = [0; 9];
+    peer.read_exact(&mut answer).unwrap();
+    assert_eq!(&answer, b"MEANWHILE");
+    ask("again", &mut peer);
+    drop(peer);
+}
+
+#[test]
 fn crit_reads_our_images() {
     if !is_root() {
         return;

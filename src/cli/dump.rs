@@ -9,6 +9,7 @@ use clap::{Args, ValueEnum};
 
 use whimbrel::dump::{self, Afterwards, Prepared, memory::Amount};
 use whimbrel::error::{Context as _, Error, Result};
+use whimbrel::kernel::nft::NetworkLock;
 use whimbrel_images::chain::PageStore;
 use whimbrel_images::page::{MemoryObject, PageSink};
 use whimbrel_images::sink::DirPageSink;
@@ -222,16 +223,14 @@ impl Run for Dump {
         })?;
         tracing::info!("{} tasks are frozen", frozen.tree.tasks.len());
         frozen.check(&*store, &options)?;
-        if self.resources.tcp_established {
-            scripts.run(Stage::NetworkLock, Some(self.tree))?;
-        }
+        let mut lock = self.lock_network(&frozen, &scripts)?;
         let files = frozen.files(&*store, &options)?;
         for task in &frozen.collected.memory {
             target.begin(task.object)?;
         }
         let mut amount = frozen.memory(target.sink())?;
         target.finish(&mut amount)?;
-        frozen.describe(&*store, files)?;
+        frozen.describe(&*store, files, lock.run_id.clone())?;
         drop(store);
         staging.commit()?;
         write_pidfile(&self.common, self.tree)?;
@@ -241,13 +240,18 @@ impl Run for Dump {
         scripts.run(Stage::PostDump, Some(self.tree))?;
         // From here on the images may be the only copy.
         staging.keep();
+        lock.hold(&frozen, self.afterwards())?;
         let times = frozen.end(self.afterwards())?;
-        let after = || -> Result<()> {
+        let mut after = || -> Result<()> {
             stats::save(&stats::of_dump(&times, &amount), &workspace, self.hooks.display_stats)?;
             if self.memory.auto_dedup {
                 free_previous(&workspace)?;
             }
-            signal_ready(self.hooks.status_fd)
+            signal_ready(self.hooks.status_fd)?;
+            if lock.lock.take().is_some() && self.afterwards() != Afterwards::Kill {
+                scripts.run(Stage::NetworkUnlock, Some(self.tree))?;
+            }
+            Ok(())
         };
         // The dump is whole: what fails now must not look like a failed dump.
         if let Err(error) = after() {
@@ -283,6 +287,63 @@ impl Dump {
             (_, true) => Afterwards::Stop,
             _ => Afterwards::Kill,
         }
+    }
+}
+
+/// Packets of the tree's connections are dropped while it is taken apart, and if it is killed until it is restored.
+#[derive(Default)]
+struct Locked {
+    /// Drops packets until this process ends.
+    lock: Option<NetworkLock>,
+    /// Names the dump, and with it the lock that stays.
+    run_id: Option<String>,
+}
+
+/// Name of the nftables table that a dump leaves for its restore.
+pub fn table_of(run_id: &str) -> String {
+    format!("whimbrel-dump-{run_id}")
+}
+
+impl Locked {
+    /// Lets the lock outlive this process, if the tree does not live here any more.
+    fn hold(&mut self, frozen: &dump::FrozenTree, afterwards: Afterwards) -> Result<()> {
+        let (Some(run_id), Afterwards::Kill) = (&self.run_id, afterwards) else {
+            return Ok(());
+        };
+        let table = table_of(run_id);
+        let mut lasting = NetworkLock::lasting_in_current_netns(table.clone()).context("keep the network locked")?;
+        lasting
+            .lock(&frozen.collected.connections()?)
+            .context("keep the network locked")?;
+        tracing::info!("Connections stay locked by nftables table inet {table} until they are restored");
+        Ok(())
+    }
+}
+
+impl Dump {
+    fn lock_network(&self, frozen: &dump::FrozenTree, scripts: &Scripts) -> Result<Locked> {
+        let connections = frozen.collected.connections()?;
+        if connections.is_empty() || !self.resources.tcp_established {
+            return Ok(Locked::default());
+        }
+        scripts.run(Stage::NetworkLock, Some(self.tree))?;
+        if self.network_lock == "skip" {
+            return Ok(Locked::default());
+        }
+        let namespace = |of: &str| std::fs::read_link(format!("/proc/{of}/ns/net")).ok();
+        if namespace("self") != namespace(&self.tree.to_string()) {
+            return Err(Error::new("lock the network")
+                .task(self.tree)
+                .because("its connections are in another network namespace")
+                .hint("run this command there: nsenter -t PID -n, or use --network-lock skip"));
+        }
+        let mut lock = NetworkLock::new_in_current_netns().context("lock the network")?;
+        lock.lock(&connections).context("lock the network")?;
+        let run_id = std::fs::read_to_string("/proc/sys/kernel/random/uuid").context("make an id for the dump")?;
+        Ok(Locked {
+            lock: Some(lock),
+            run_id: Some(run_id.trim().to_owned()),
+        })
     }
 }
 

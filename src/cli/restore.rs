@@ -7,10 +7,12 @@ use std::time::{Duration, Instant};
 use clap::Args;
 
 use whimbrel::error::{Context as _, Error, Result};
+use whimbrel::kernel::nft;
 use whimbrel::procfs;
 use whimbrel::restore::{self, state};
 use whimbrel::tree::TreeImage;
 use whimbrel_images::chain::PageStore;
+use whimbrel_images::store::{DirStore, ImageStore};
 
 use super::options::{Common, Hooks, Resources};
 use super::scripts::{Scripts, Stage};
@@ -90,6 +92,7 @@ impl Run for Restore {
         }
         let image = TreeImage::load(&store)?;
         self.check_session(&image)?;
+        let connected = self.check_connections(&store)?;
         if capabilities.any() {
             cpuinfo::check(&store, capabilities)?;
         }
@@ -111,8 +114,11 @@ impl Run for Restore {
             .ok_or_else(|| Error::new("restore").because("the tree has no root"))?;
         write_pidfile(&self.common, root)?;
         scripts.run(Stage::PostRestore, Some(root))?;
-        if self.resources.tcp_established {
+        if connected {
             scripts.run(Stage::NetworkUnlock, Some(root))?;
+            if let Some(run_id) = &image.inventory.dump_criu_run_id {
+                nft::remove_table(&dump::table_of(run_id)).context("unlock the network")?;
+            }
         }
         // From here on nothing may fail: criu(8).
         if let Err(error) = scripts.run(Stage::PreResume, Some(root)) {
@@ -169,6 +175,18 @@ impl Restore {
             .task(root.pid as i32)
             .because(format!("its session leader {} is not in the images", root.sid))
             .hint("use --shell-job (-j) to restore it into the session of this command"))
+    }
+
+    /// Whether there are connections; they need the user's word, for the other ends must still be there.
+    fn check_connections(&self, store: &DirStore) -> Result<bool> {
+        let names = store.list().context("list the images")?;
+        let connected = names.iter().any(|name| name.starts_with("tcp-stream-"));
+        if connected && !self.resources.tcp_established {
+            return Err(Error::new("restore TCP connections")
+                .because("the images hold connections")
+                .hint("use --tcp-established"));
+        }
+        Ok(connected)
     }
 
     /// What this command does when the tree runs.

@@ -171,13 +171,19 @@ impl FrozenTree {
         Ok(amount)
     }
 
-    /// Writes the images of the tasks, and the inventory last.
+    /// Writes the images of the tasks, and the inventory last. `run_id` names this dump, where somebody needs that.
     ///
     /// # Errors
     /// When the store cannot be written.
-    pub fn describe(&mut self, store: &dyn ImageStore, files: BTreeMap<u32, FileEntry>) -> Result<()> {
+    pub fn describe(
+        &mut self,
+        store: &dyn ImageStore,
+        files: BTreeMap<u32, FileEntry>,
+        run_id: Option<String>,
+    ) -> Result<()> {
         let tasks = std::mem::take(&mut self.collected.tasks);
-        let inventory = TreeImage::new_inventory(&tasks.first().map(|task| task.ids.clone()).unwrap_or_default());
+        let mut inventory = TreeImage::new_inventory(&tasks.first().map(|task| task.ids.clone()).unwrap_or_default());
+        inventory.dump_criu_run_id = run_id;
         TreeImage {
             inventory,
             tasks,
@@ -186,7 +192,8 @@ impl FrozenTree {
         .save(store)
     }
 
-    /// Ends the freeze, and says how long it was.
+    /// Ends the freeze, and says how long it was. A tree that is killed closes its connections without a word: they go on
+    /// where it is restored.
     ///
     /// # Errors
     /// When a task cannot be killed, stopped or resumed.
@@ -194,7 +201,10 @@ impl FrozenTree {
         let mut times = self.times;
         times.frozen = self.since.elapsed();
         match afterwards {
-            Afterwards::Kill => self.tree.kill()?,
+            Afterwards::Kill => {
+                self.collected.abandon_files()?;
+                self.tree.kill()?;
+            }
             Afterwards::Resume => self.tree.resume()?,
             Afterwards::Stop => {
                 for task in self.tree.living() {
@@ -228,7 +238,7 @@ pub fn to_store(
     }
     let amount = frozen.memory(&mut sink)?;
     sink.finish().context("store memory")?;
-    frozen.describe(&*store, files)?;
+    frozen.describe(&*store, files, None)?;
     let times = frozen.end(afterwards)?;
     Ok(Summary { times, amount })
 }
