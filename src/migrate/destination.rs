@@ -63,8 +63,12 @@ pub enum Outcome {
 pub trait Registry: Send + Sync {
     /// The tree waits for Commit.
     fn waiting(&self);
-    /// The tree runs.
+    /// The tree runs; part of its memory may still be at the source.
     fn running(&self);
+    /// All of its memory is here.
+    fn completed(&self);
+    /// What is known of another session.
+    fn answer(&self, session: &str) -> wire::Answer;
 }
 
 /// Serves one migration from its first message to its end. Must be called on a thread of its own: it traces.
@@ -103,8 +107,15 @@ fn serve(
     registry: &dyn Registry,
     observer: &dyn Observer,
 ) -> Result<Outcome> {
-    let Some(Body::Begin(begin)) = receive(session)? else {
-        return Err(Error::new("begin a migration").because("the source began with something else"));
+    let begin = match receive(session)? {
+        Some(Body::Begin(begin)) => begin,
+        Some(Body::Query(query)) => {
+            let answer = registry.answer(&String::from_utf8_lossy(&query.session));
+            send(session, Body::Answer(answer))?;
+            session.close_blocking().ok();
+            return Ok(Outcome::Looked);
+        }
+        _ => return Err(Error::new("begin a migration").because("the source began with something else")),
     };
     let blockers = preflight(&begin, options);
     if begin.dry_run || !blockers.is_empty() {
@@ -191,9 +202,11 @@ fn serve(
         }),
     );
     if put.lazy.is_empty() {
+        registry.completed();
         told.ok();
     } else {
         let finished = follow(put.lazy, faults, &options.runtime, observer)?;
+        registry.completed();
         observer.note(&format!("{}: all memory is here", begin.name));
         send(session, Body::Finished(finished)).ok();
     }

@@ -21,6 +21,7 @@ pub mod destination;
 pub mod journal;
 pub mod policy;
 pub mod report;
+pub mod server;
 pub mod source;
 mod standby;
 pub mod wire;
