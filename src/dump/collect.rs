@@ -617,11 +617,15 @@ impl Collected {
     /// When one is of a kind that is not supported.
     pub fn look_at_running(&mut self, pid: i32, pidfd: std::os::fd::BorrowedFd<'_>) -> Result<u32> {
         let entries = std::fs::read_dir(format!("/proc/{pid}/fd")).with(|| Error::new("list descriptors").task(pid))?;
-        let numbers = entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
+        let numbers = entries
+            .flatten()
+            .filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
         let mut highest = 0;
         for fd in numbers {
             // One that is closed meanwhile is none.
-            let Ok(file) = OpenFile::look(pid, fd, pidfd) else { continue };
+            let Ok(file) = OpenFile::look(pid, fd, pidfd) else {
+                continue;
+            };
             kind_for(&file)?;
             let id = self.next_id;
             self.next_id += 1;
@@ -654,21 +658,30 @@ impl Collected {
 
     /// Is the mapping at `start` locked in memory?
     pub fn is_locked(&self, object: MemoryObject, start: u64) -> bool {
-        let task = self.tasks.iter().find(|task| MemoryObject::Task(task.entry.pid) == object);
+        let task = self
+            .tasks
+            .iter()
+            .find(|task| MemoryObject::Task(task.entry.pid) == object);
         let vma = task.and_then(|task| task.mm.vmas.iter().find(|vma| vma.start == start));
         vma.is_some_and(|vma| vma.flags & libc::MAP_LOCKED as u32 != 0)
     }
 
     /// Pages that the kernel writes to while a task is put together: restartable-sequence areas.
     pub fn touched_by_kernel(&self, object: MemoryObject) -> Vec<(u64, u64)> {
-        let task = self.tasks.iter().find(|task| MemoryObject::Task(task.entry.pid) == object);
+        let task = self
+            .tasks
+            .iter()
+            .find(|task| MemoryObject::Task(task.entry.pid) == object);
         let cores = task.into_iter().flat_map(|task| &task.cores);
         let areas = cores.filter_map(|core| core.thread_core.as_ref()?.rseq_entry.as_ref());
         let page = crate::arch::PAGE_SIZE;
         areas
             .map(|area| {
                 let start = area.rseq_abi_pointer / page * page;
-                (start, (area.rseq_abi_pointer + u64::from(area.rseq_abi_size)).next_multiple_of(page))
+                (
+                    start,
+                    (area.rseq_abi_pointer + u64::from(area.rseq_abi_size)).next_multiple_of(page),
+                )
             })
             .collect()
     }

@@ -8,9 +8,14 @@ pub mod memory;
 pub mod runs;
 pub mod track;
 
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use crate::error::{Context, Result};
+use whimbrel_images::page::PageSink;
+use whimbrel_images::proto::FileEntry;
+use whimbrel_images::store::ImageStore;
+
+use crate::error::{Context, Error, Result};
 use crate::tree::{Tree, TreeImage};
 
 pub use collect::{Collected, Prepared};
@@ -111,55 +116,129 @@ pub struct Summary {
     pub amount: memory::Amount,
 }
 
+/// Refuses what can never be dumped: the tree that this process is in itself, for it would wait for itself.
+///
+/// # Errors
+/// With the reason.
+pub fn check_root(root: i32) -> Result<()> {
+    let mut pid = std::process::id() as i32;
+    while pid > 0 {
+        if pid == root {
+            return Err(Error::new("dump")
+                .task(root)
+                .because("this command runs inside of that tree, and would wait for itself")
+                .hint("start it from another session"));
+        }
+        let stat = crate::procfs::read(pid, "stat").and_then(|text| crate::procfs::stat::parse(&text));
+        pid = stat.map_or(0, |stat| stat.ppid);
+    }
+    Ok(())
+}
+
+impl FrozenTree {
+    /// Asks for every file whether it can be carried, before anything is changed.
+    ///
+    /// # Errors
+    /// All reasons why not.
+    pub fn check(&self, store: &dyn ImageStore, options: &Options) -> Result<()> {
+        self.collected.check_files(store, options)
+    }
+
+    /// Describes all files. Some write images of their own.
+    ///
+    /// # Errors
+    /// When one cannot be described.
+    pub fn files(&mut self, store: &dyn ImageStore, options: &Options) -> Result<BTreeMap<u32, FileEntry>> {
+        let started = Instant::now();
+        let files = self.collected.dump_files(store, options)?;
+        self.times.files = started.elapsed();
+        Ok(files)
+    }
+
+    /// Gives all memory to `sink`.
+    ///
+    /// # Errors
+    /// When memory cannot be read, or the sink does not take it.
+    pub fn memory(&mut self, sink: &mut dyn PageSink) -> Result<memory::Amount> {
+        let started = Instant::now();
+        let mut amount = memory::Amount::default();
+        for task in &self.collected.memory {
+            let (pages, selection) = memory::select_all(task)?;
+            amount.add(memory::write(task, &pages, &selection, sink)?);
+        }
+        self.collected.segments.dump(sink)?;
+        self.times.memory = started.elapsed();
+        Ok(amount)
+    }
+
+    /// Writes the images of the tasks, and the inventory last. `run_id` names this dump, where somebody needs that.
+    ///
+    /// # Errors
+    /// When the store cannot be written.
+    pub fn describe(
+        &mut self,
+        store: &dyn ImageStore,
+        files: BTreeMap<u32, FileEntry>,
+        run_id: Option<String>,
+    ) -> Result<()> {
+        let tasks = std::mem::take(&mut self.collected.tasks);
+        let mut inventory = TreeImage::new_inventory(&tasks.first().map(|task| task.ids.clone()).unwrap_or_default());
+        inventory.dump_criu_run_id = run_id;
+        TreeImage {
+            inventory,
+            tasks,
+            files,
+        }
+        .save(store)
+    }
+
+    /// Ends the freeze, and says how long it was. A tree that is killed closes its connections without a word: they go on
+    /// where it is restored.
+    ///
+    /// # Errors
+    /// When a task cannot be killed, stopped or resumed.
+    pub fn end(self, afterwards: Afterwards) -> Result<Times> {
+        let mut times = self.times;
+        times.frozen = self.since.elapsed();
+        match afterwards {
+            Afterwards::Kill => {
+                self.collected.abandon_files()?;
+                self.tree.kill()?;
+            }
+            Afterwards::Resume => self.tree.resume()?,
+            Afterwards::Stop => {
+                for task in self.tree.living() {
+                    crate::kernel::sys::kill(task.pid, libc::SIGSTOP).context("stop")?;
+                }
+                self.tree.resume()?;
+            }
+        }
+        Ok(times)
+    }
+}
+
 /// Dumps the tree of `root` into an image set.
 ///
 /// # Errors
 /// When something cannot be carried or written; the tree goes on, and what was written is of no use.
 pub fn to_store(
     root: i32,
-    store: std::sync::Arc<dyn whimbrel_images::store::ImageStore>,
+    store: std::sync::Arc<dyn ImageStore>,
     options: &Options,
     afterwards: Afterwards,
 ) -> Result<Summary> {
     use whimbrel_images::sink::DirPageSink;
     let prepared = Prepared::look(root)?;
     let mut frozen = freeze(root, prepared, options)?;
-    frozen.collected.check_files(&*store, options)?;
-    let started = Instant::now();
-    let files = frozen.collected.dump_files(&*store, options)?;
-    frozen.times.files = started.elapsed();
-
-    let started = Instant::now();
+    frozen.check(&*store, options)?;
+    let files = frozen.files(&*store, options)?;
     let mut sink = DirPageSink::new(store.clone());
-    let mut amount = memory::Amount::default();
     for task in &frozen.collected.memory {
-        let (pages, selection) = memory::select_all(task)?;
         sink.begin(task.object).context("store memory")?;
-        amount.add(memory::write(task, &pages, &selection, &mut sink)?);
     }
-    frozen.collected.segments.dump(&mut sink)?;
+    let amount = frozen.memory(&mut sink)?;
     sink.finish().context("store memory")?;
-    frozen.times.memory = started.elapsed();
-
-    let tasks = std::mem::take(&mut frozen.collected.tasks);
-    let inventory = TreeImage::new_inventory(&tasks.first().map(|task| task.ids.clone()).unwrap_or_default());
-    TreeImage {
-        inventory,
-        tasks,
-        files,
-    }
-    .save(&*store)?;
-    let mut times = frozen.times;
-    times.frozen = frozen.since.elapsed();
-    match afterwards {
-        Afterwards::Kill => frozen.tree.kill()?,
-        Afterwards::Resume => frozen.tree.resume()?,
-        Afterwards::Stop => {
-            for task in frozen.tree.living() {
-                crate::kernel::sys::kill(task.pid, libc::SIGSTOP).context("stop")?;
-            }
-            frozen.tree.resume()?;
-        }
-    }
+    frozen.describe(&*store, files, None)?;
+    let times = frozen.end(afterwards)?;
     Ok(Summary { times, amount })
 }

@@ -32,7 +32,11 @@ impl MovedAddress {
         if text.is_empty() {
             return Ok(None);
         }
-        let bad = || Error::new("understand an address").object(text.to_owned()).hint("write it like 10.0.0.2/24");
+        let bad = || {
+            Error::new("understand an address")
+                .object(text.to_owned())
+                .hint("write it like 10.0.0.2/24")
+        };
         let (address, prefix) = text.split_once('/').ok_or_else(bad)?;
         let address: IpAddr = address.parse().with(bad)?;
         let prefix: u8 = prefix.parse().with(bad)?;
@@ -41,13 +45,19 @@ impl MovedAddress {
         }
         let device = match device {
             "" => device_for(address).ok_or_else(|| {
-                Error::new("find a device").object(text.to_owned()).because("no device of this host is in its network")
+                Error::new("find a device")
+                    .object(text.to_owned())
+                    .because("no device of this host is in its network")
                     .hint("name the device: --move-device DEVICE")
             })?,
             name => name.to_owned(),
         };
         index_of(&device)?;
-        Ok(Some(MovedAddress { address, prefix, device }))
+        Ok(Some(MovedAddress {
+            address,
+            prefix,
+            device,
+        }))
     }
 
     fn change(&self, kind: u16, flags: u16) -> Result<()> {
@@ -56,16 +66,26 @@ impl MovedAddress {
             IpAddr::V4(address) => address.octets().to_vec(),
             IpAddr::V6(address) => address.octets().to_vec(),
         };
-        let family = if self.address.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 } as u8;
+        let family = if self.address.is_ipv4() {
+            libc::AF_INET
+        } else {
+            libc::AF_INET6
+        } as u8;
         // struct ifaddrmsg: family, prefix length, flags, scope, interface.
-        let mut fixed = vec![family, self.prefix, if family == libc::AF_INET6 as u8 { IFA_F_NODAD } else { 0 }, 0];
+        let mut fixed = vec![
+            family,
+            self.prefix,
+            if family == libc::AF_INET6 as u8 { IFA_F_NODAD } else { 0 },
+            0,
+        ];
         fixed.extend(index.to_ne_bytes());
         let mut writer = Writer::default();
         writer.message(kind, NLM_F_REQUEST | NLM_F_ACK | flags, 1, &fixed, |message| {
             message.bytes(IFA_LOCAL, &octets);
             message.bytes(IFA_ADDRESS, &octets);
         });
-        let failed = || Error::new("change an address").object(format!("{}/{} on {}", self.address, self.prefix, self.device));
+        let failed =
+            || Error::new("change an address").object(format!("{}/{} on {}", self.address, self.prefix, self.device));
         let socket = Socket::new(libc::NETLINK_ROUTE).with(failed)?;
         socket.send(&writer.finish()).with(failed)?;
         let mut buffer = Vec::new();
@@ -242,9 +262,20 @@ fn send_frame(index: u32, protocol: u16, payload: &[u8]) -> io::Result<()> {
     let length = size_of::<libc::sockaddr_ll>() as libc::socklen_t;
     // SAFETY: the payload and the address are live for the call, with the lengths given.
     let sent = unsafe {
-        libc::sendto(socket.as_raw_fd(), payload.as_ptr().cast(), payload.len(), 0, (&raw const to).cast(), length)
+        libc::sendto(
+            socket.as_raw_fd(),
+            payload.as_ptr().cast(),
+            payload.len(),
+            0,
+            (&raw const to).cast(),
+            length,
+        )
     };
-    if sent < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    if sent < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
 }
 
 #[cfg(test)]
@@ -254,7 +285,9 @@ mod tests {
     #[test]
     fn an_address_comes_and_goes_and_a_forgotten_one_is_removed() {
         let moved = MovedAddress::parse("127.0.77.3/32", "lo").unwrap().unwrap();
-        let Ok(added) = Added::add(&moved) else { panic!("adding an address needs root") };
+        let Ok(added) = Added::add(&moved) else {
+            panic!("adding an address needs root")
+        };
         assert!(Added::add(&moved).unwrap_err().errno() == Some(libc::EEXIST));
         drop(added);
         assert_eq!(Removed::remove(&moved).unwrap_err().errno(), Some(libc::EADDRNOTAVAIL));

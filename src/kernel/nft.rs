@@ -115,6 +115,8 @@ pub struct NetworkLock {
     table: String,
     made: bool,
     exempt_mark: Option<u32>,
+    /// The table stays when this process ends.
+    lasting: bool,
 }
 
 impl NetworkLock {
@@ -131,6 +133,20 @@ impl NetworkLock {
             table,
             made: false,
             exempt_mark: None,
+            lasting: false,
+        })
+    }
+
+    /// As [`NetworkLock::new_in_current_netns`], with a table `name` that neither dropping the lock nor the end of the
+    /// process removes: only [`remove_table`] does. For dumps whose connections are restored by another process.
+    ///
+    /// # Errors
+    /// As [`NetworkLock::new_in_current_netns`].
+    pub fn lasting_in_current_netns(name: String) -> Result<Self, NftError> {
+        Ok(Self {
+            table: name,
+            lasting: true,
+            ..Self::new_in_current_netns()?
         })
     }
 
@@ -192,7 +208,7 @@ impl NetworkLock {
             match batch.run(&self.socket) {
                 Ok(()) => break,
                 // A name is taken when another lock of this process, or of one with our pid elsewhere, is in place.
-                Err(error) if !self.made && taken(&error) && attempt < 100 => {
+                Err(error) if !self.made && !self.lasting && taken(&error) && attempt < 100 => {
                     self.table = format!("whimbrel-{}-{attempt}", std::process::id());
                 }
                 Err(error) => return Err(self.error("lock connections", error)),
@@ -231,7 +247,7 @@ impl NetworkLock {
         let table = &self.table;
         batch.add(NEW_TABLE, NLM_F_CREATE | NLM_F_EXCL, |message| {
             message.string(1, table);
-            message.be32(2, TABLE_OWNER);
+            message.be32(2, if self.lasting { 0 } else { TABLE_OWNER });
         });
         for (id, family) in FAMILIES.iter().enumerate() {
             batch.add(NEW_SET, NLM_F_CREATE | NLM_F_EXCL, |message| {
@@ -265,6 +281,25 @@ impl NetworkLock {
                 rule(batch, table, chain, |list| family.write_match(list));
             }
         }
+    }
+}
+
+/// Removes a table of [`NetworkLock::lasting_in_current_netns`]; `false` when there is none.
+///
+/// # Errors
+/// When the kernel refuses.
+pub fn remove_table(name: &str) -> Result<bool, NftError> {
+    let socket = Socket::new(libc::NETLINK_NETFILTER).map_err(NftError::Socket)?;
+    let mut batch = Batch::new();
+    batch.add(DELETE_TABLE, 0, |message| message.string(1, name));
+    match batch.run(&socket) {
+        Ok(()) => Ok(true),
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(false),
+        Err(source) => Err(NftError::Change {
+            what: "unlock connections",
+            table: name.to_owned(),
+            source,
+        }),
     }
 }
 

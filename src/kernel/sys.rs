@@ -188,3 +188,17 @@ pub fn kill(pid: i32, signal: i32) -> io::Result<()> {
     // SAFETY: no pointers.
     check(i64::from(unsafe { libc::kill(pid, signal) })).map(drop)
 }
+
+/// Closes a descriptor that this process was started with. Those that it opened itself have close-on-exec set, and stay.
+///
+/// # Errors
+/// EBADF when there is none.
+pub fn close_inherited(fd: i32) -> io::Result<()> {
+    // SAFETY: no pointers.
+    let flags = check(i64::from(unsafe { libc::fcntl(fd, libc::F_GETFD) }))?;
+    if flags as i32 & libc::FD_CLOEXEC != 0 {
+        return Err(io::Error::from_raw_os_error(libc::EBADF));
+    }
+    // SAFETY: no pointers; the descriptor came through exec, so nothing in this process owns it.
+    check(i64::from(unsafe { libc::close(fd) })).map(drop)
+}

@@ -95,7 +95,9 @@ fn receive(session: &Session) -> Result<Option<Body>> {
 }
 
 fn send(session: &Session, body: Body) -> Result<()> {
-    session.send_message_blocking(wire::encode(body)).context("answer the source")
+    session
+        .send_message_blocking(wire::encode(body))
+        .context("answer the source")
 }
 
 fn serve(
@@ -132,7 +134,12 @@ fn serve(
     let (build, sink) = match stage(&begin, restore_options.clone()) {
         Ok(staged) => staged,
         Err(error) => {
-            send(session, Body::Ready(Ready { blockers: vec![error.chain()] }))?;
+            send(
+                session,
+                Body::Ready(Ready {
+                    blockers: vec![error.chain()],
+                }),
+            )?;
             session.close_blocking().ok();
             return Ok(Outcome::Discarded);
         }
@@ -160,7 +167,12 @@ fn serve(
     let address = moved.as_ref().map(|moved| address::Added::add(moved)).transpose()?;
     let mut put = put_together(build, &sink, &image, &store, &restore_options, &last)?;
     put.ready.arm()?;
-    send(session, Body::Prepared(Prepared { microseconds: started.elapsed().as_micros() as u64 }))?;
+    send(
+        session,
+        Body::Prepared(Prepared {
+            microseconds: started.elapsed().as_micros() as u64,
+        }),
+    )?;
     registry.waiting();
     observer.note(&format!("{}: put together, waits for the decision", begin.name));
 
@@ -182,7 +194,13 @@ fn serve(
     let microseconds = committed.elapsed().as_micros() as u64;
     observer.note(&format!("{}: runs as pid {pid}", begin.name));
     // Whether the source hears it or not, the tree runs: it will ask.
-    let told = send(session, Body::Running(RunningThere { pid: pid as u32, microseconds }));
+    let told = send(
+        session,
+        Body::Running(RunningThere {
+            pid: pid as u32,
+            microseconds,
+        }),
+    );
     if put.lazy.is_empty() {
         registry.completed();
         told.ok();
@@ -209,9 +227,13 @@ fn preflight(begin: &Begin, options: &Options) -> Vec<String> {
                 blockers.push(format!("file {}: {sizes}; install the same version", file.path));
             }
             Ok(found) if found.is_file() && !file.build_id.is_empty() => {
-                let id = std::fs::File::open(&path).map(|opened| crate::resource::fd::regular::build_id(&opened.into()));
+                let id =
+                    std::fs::File::open(&path).map(|opened| crate::resource::fd::regular::build_id(&opened.into()));
                 if id.is_ok_and(|id| id != file.build_id) {
-                    blockers.push(format!("file {}: another build id than at the source; install the same version", file.path));
+                    blockers.push(format!(
+                        "file {}: another build id than at the source; install the same version",
+                        file.path
+                    ));
                 }
             }
             Ok(_) => {}
@@ -220,23 +242,37 @@ fn preflight(begin: &Begin, options: &Options) -> Vec<String> {
     for task in &begin.tasks {
         let pid = task.entry.as_ref().map_or(0, |entry| entry.pid);
         if std::path::Path::new(&format!("/proc/{pid}")).exists() {
-            blockers.push(format!("pid {pid} is in use here; end that process, or serve in a new pid namespace"));
+            blockers.push(format!(
+                "pid {pid} is in use here; end that process, or serve in a new pid namespace"
+            ));
         }
     }
     let available = available_memory();
     if begin.memory > available {
         let (needed, here) = (begin.memory >> 20, available >> 20);
-        blockers.push(format!("{needed} MiB of memory are needed and {here} MiB are available"));
+        blockers.push(format!(
+            "{needed} MiB of memory are needed and {here} MiB are available"
+        ));
     }
-    for text in begin.addresses.iter().filter(|text| !begin.move_address.starts_with(&format!("{text}/"))) {
-        let ours = text.parse().is_ok_and(|address: std::net::IpAddr| address.is_loopback() || address::is_local(address));
+    for text in begin
+        .addresses
+        .iter()
+        .filter(|text| !begin.move_address.starts_with(&format!("{text}/")))
+    {
+        let ours = text
+            .parse()
+            .is_ok_and(|address: std::net::IpAddr| address.is_loopback() || address::is_local(address));
         if !ours {
-            blockers.push(format!("address {text} is not on this host; use --move-address {text}/PREFIX, or add it in an action script"));
+            blockers.push(format!(
+                "address {text} is not on this host; use --move-address {text}/PREFIX, or add it in an action script"
+            ));
         }
     }
     let missing = begin.cpu_state & !crate::arch::cpu_state_components();
     if missing != 0 {
-        blockers.push(format!("this processor lacks the state components {missing:#x} that the source's has"));
+        blockers.push(format!(
+            "this processor lacks the state components {missing:#x} that the source's has"
+        ));
     }
     if let Err(error) = MovedAddress::parse(&begin.move_address, &begin.move_device) {
         blockers.push(error.chain());
@@ -254,12 +290,20 @@ fn available_memory() -> u64 {
 
 /// Creates the tasks and maps what is known of their memory.
 fn stage(begin: &Begin, options: restore::Options) -> Result<(Build, StandbySink)> {
-    let mut skeleton = Skeleton { highest_descriptor: begin.highest_descriptor, ..Skeleton::default() };
+    let mut skeleton = Skeleton {
+        highest_descriptor: begin.highest_descriptor,
+        ..Skeleton::default()
+    };
     let mut known = HashSet::from([0]);
     for task in &begin.tasks {
-        let entry = task.entry.clone().ok_or_else(|| Error::new("stage a tree").because("a task has no ids"))?;
+        let entry = task
+            .entry
+            .clone()
+            .ok_or_else(|| Error::new("stage a tree").because("a task has no ids"))?;
         if !known.insert(entry.pid) || !known.contains(&entry.ppid) {
-            return Err(Error::new("stage a tree").task(entry.pid as i32).because("its pid or parent is wrong"));
+            return Err(Error::new("stage a tree")
+                .task(entry.pid as i32)
+                .because("its pid or parent is wrong"));
         }
         mapping::validate(&task.vmas)?;
         skeleton.ranges.extend(task.vmas.iter().map(|vma| (vma.start, vma.end)));
@@ -269,13 +313,22 @@ fn stage(begin: &Begin, options: restore::Options) -> Result<(Build, StandbySink
     let mut standby = Standby::new(begin.memory.saturating_add(EXTRA_ROOM));
     for task in begin.tasks.iter().filter(|task| !task.zombie) {
         let pid = task.entry.as_ref().map_or(0, |entry| entry.pid);
-        let staged: Vec<&VmaEntry> = task.staged.iter().filter_map(|&index| task.vmas.get(index as usize)).collect();
+        let staged: Vec<&VmaEntry> = task
+            .staged
+            .iter()
+            .filter_map(|&index| task.vmas.get(index as usize))
+            .collect();
         let anonymous = |vma: &&&VmaEntry| vma.status & status::ANON_PRIVATE != 0 && !mapping::is_kernel_made(vma);
         let staged: Vec<&VmaEntry> = staged.iter().filter(anonymous).copied().collect();
         // This kernel's vdso may be in the way: it goes where it belongs first.
         build.clear_the_way(pid, &task.vmas)?;
-        let plans: Vec<Plan<'_>> =
-            staged.iter().map(|vma| Plan { vma, writable: mapping::needs_write(vma, false) }).collect();
+        let plans: Vec<Plan<'_>> = staged
+            .iter()
+            .map(|vma| Plan {
+                vma,
+                writable: mapping::needs_write(vma, false),
+            })
+            .collect();
         build.map(pid, &plans, &HashMap::new())?;
         let set = RunSet::from_ranges(staged.iter().map(|vma| (vma.start, vma.end)).collect());
         standby.add(pid, build.tid_of(pid)?, set)?;
@@ -302,7 +355,12 @@ fn put_together<'a>(
     let lazy: HashMap<u32, RunSet> = last
         .lazy
         .iter()
-        .map(|pages| (pages.pid, RunSet::from_ranges(pages.bounds.chunks_exact(2).map(|pair| (pair[0], pair[1])).collect())))
+        .map(|pages| {
+            (
+                pages.pid,
+                RunSet::from_ranges(pages.bounds.chunks_exact(2).map(|pair| (pair[0], pair[1])).collect()),
+            )
+        })
         .collect();
     let living = || image.tasks.iter().filter(|task| !task.is_zombie());
     let mut patches = Vec::new();
@@ -312,7 +370,9 @@ fn put_together<'a>(
         let covered = align_staged(&mut build, sink, task).map_err(failed)?;
         let vdso = vdso_contents(sink, task);
         let waits = |start: u64, end: u64| sink.lock().waits_for(pid, start, end);
-        let made = build.map_task(task, &backing, vdso.as_deref(), &covered, &waits).map_err(failed)?;
+        let made = build
+            .map_task(task, &backing, vdso.as_deref(), &covered, &waits)
+            .map_err(failed)?;
         patches.push((pid, made));
         if let Some(missing) = lazy.get(&pid) {
             forget(&mut build, pid, missing).map_err(failed)?;
@@ -321,7 +381,11 @@ fn put_together<'a>(
     let mut memory = build.memory_sink()?;
     let waiting = sink.lock().take_waiting();
     let kernels_own: HashMap<u32, (u64, u64)> = living()
-        .filter(|task| patches.iter().any(|(pid, patches)| *pid == task.entry.pid && patches.is_empty()))
+        .filter(|task| {
+            patches
+                .iter()
+                .any(|(pid, patches)| *pid == task.entry.pid && patches.is_empty())
+        })
         .filter_map(|task| {
             let vma = task.mm.vmas.iter().find(|vma| vma.status & status::VDSO != 0)?;
             Some((task.entry.pid, (vma.start, vma.end)))
@@ -329,20 +393,35 @@ fn put_together<'a>(
         .collect();
     for ((object, address), bytes) in waiting {
         let vdso = match object {
-            MemoryObject::Task(pid) => kernels_own.get(&pid).is_some_and(|&(start, end)| (start..end).contains(&address)),
+            MemoryObject::Task(pid) => kernels_own
+                .get(&pid)
+                .is_some_and(|&(start, end)| (start..end).contains(&address)),
             MemoryObject::Shmem(_) => false,
         };
         if !vdso {
             let failed = || Error::new("fill memory").object(format!("{object:?} {address:#x}"));
-            memory.write_pages(object, PageRun { start: address, pages: 1 }, &bytes).with(failed)?;
+            memory
+                .write_pages(
+                    object,
+                    PageRun {
+                        start: address,
+                        pages: 1,
+                    },
+                    &bytes,
+                )
+                .with(failed)?;
         }
     }
     for (pid, patches) in &patches {
         let memory = crate::remote::RemoteMemory::new(build.tid_of(*pid)?);
-        patches.iter().try_for_each(|(at, bytes)| memory.write_forced(crate::remote::RemoteAddr(*at), bytes))?;
+        patches
+            .iter()
+            .try_for_each(|(at, bytes)| memory.write_forced(crate::remote::RemoteAddr(*at), bytes))?;
     }
     for task in living() {
-        build.settle_all(task).map_err(|error| error.task(task.entry.pid as i32))?;
+        build
+            .settle_all(task)
+            .map_err(|error| error.task(task.entry.pid as i32))?;
     }
     // Made while the tasks still have all privileges; registered last, so that putting together meets no missing page.
     let mut watches = Vec::new();
@@ -352,7 +431,10 @@ fn put_together<'a>(
         }
     }
     let ready = build.complete(image, files, &backing)?;
-    let lazy = watches.into_iter().map(|(pid, uffd, missing)| register_missing(pid, uffd, missing)).collect::<Result<_>>()?;
+    let lazy = watches
+        .into_iter()
+        .map(|(pid, uffd, missing)| register_missing(pid, uffd, missing))
+        .collect::<Result<_>>()?;
     Ok(PutTogether { ready, lazy })
 }
 
@@ -365,10 +447,21 @@ fn align_staged(build: &mut Build, sink: &StandbySink, task: &TaskImage) -> Resu
         None => return Ok(HashSet::new()),
     };
     let anonymous = |vma: &&VmaEntry| vma.status & status::ANON_PRIVATE != 0 && !mapping::is_kernel_made(vma);
-    let stays = RunSet::from_ranges(task.mm.vmas.iter().filter(anonymous).map(|vma| (vma.start, vma.end)).collect());
+    let stays = RunSet::from_ranges(
+        task.mm
+            .vmas
+            .iter()
+            .filter(anonymous)
+            .map(|vma| (vma.start, vma.end))
+            .collect(),
+    );
     let mut program = Program::new();
     for &(start, end) in staged.subtract(&stays).ranges() {
-        program.call("unmap what is gone", libc::SYS_munmap, &[start.into(), (end - start).into()]);
+        program.call(
+            "unmap what is gone",
+            libc::SYS_munmap,
+            &[start.into(), (end - start).into()],
+        );
     }
     let (mut covered, mut pieces) = (HashSet::new(), Vec::new());
     for vma in task.mm.vmas.iter().filter(anonymous) {
@@ -379,11 +472,19 @@ fn align_staged(build: &mut Build, sink: &StandbySink, task: &TaskImage) -> Resu
         }
         covered.insert((vma.start, vma.end));
         for &(start, end) in there.ranges() {
-            program.call("protect", libc::SYS_mprotect, &[start.into(), (end - start).into(), vma.prot.into()]);
+            program.call(
+                "protect",
+                libc::SYS_mprotect,
+                &[start.into(), (end - start).into(), vma.prot.into()],
+            );
         }
         // A heap or stack that has grown: its new part is mapped beside the old one, and the kernel joins them.
         for &(start, end) in range.subtract(&there).ranges() {
-            pieces.push(VmaEntry { start, end, ..vma.clone() });
+            pieces.push(VmaEntry {
+                start,
+                end,
+                ..vma.clone()
+            });
         }
     }
     build.run_in(pid, &program)?;
@@ -395,7 +496,10 @@ fn align_staged(build: &mut Build, sink: &StandbySink, task: &TaskImage) -> Resu
 /// The code of the vdso that the source had, where it was sent.
 fn vdso_contents(sink: &StandbySink, task: &TaskImage) -> Option<Vec<u8>> {
     let vma = task.mm.vmas.iter().find(|vma| vma.status & status::VDSO != 0)?;
-    let run = PageRun { start: vma.start, pages: ((vma.end - vma.start) / PAGE_SIZE as u64).min(64) };
+    let run = PageRun {
+        start: vma.start,
+        pages: ((vma.end - vma.start) / PAGE_SIZE as u64).min(64),
+    };
     sink.lock().peek(MemoryObject::Task(task.entry.pid), run)
 }
 
@@ -428,7 +532,11 @@ fn make_userfaultfd(build: &mut Build, pid: u32) -> Result<Userfault> {
 fn register_missing(pid: u32, uffd: Userfault, missing: &RunSet) -> Result<(u32, Userfault, Vec<LazyRange>)> {
     let mut ranges = Vec::new();
     for &(start, end) in missing.ranges() {
-        let failed = || Error::new("watch missing pages").task(pid as i32).object(format!("{start:#x}-{end:#x}"));
+        let failed = || {
+            Error::new("watch missing pages")
+                .task(pid as i32)
+                .object(format!("{start:#x}-{end:#x}"))
+        };
         uffd.register(start, end - start, RegisterMode::MISSING).with(failed)?;
         let mut range = LazyRange::anonymous(MemoryObject::Task(pid), start, (end - start) / PAGE_SIZE as u64);
         // Every one of these pages held something at the source: there is no excuse for zeros.
@@ -453,7 +561,9 @@ fn follow(
     let source = std::sync::Arc::new(client.clone());
     let server = LazyServer::new(LazyConfig::default(), source.clone(), source).context("serve page faults")?;
     for (pid, uffd, ranges) in lazy {
-        server.add_task(uffd.into(), pid, &ranges).context("serve page faults")?;
+        server
+            .add_task(uffd.into(), pid, &ranges)
+            .context("serve page faults")?;
     }
     loop {
         match server.wait_complete(Some(Duration::from_millis(200))) {

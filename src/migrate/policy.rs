@@ -65,7 +65,9 @@ pub fn decide(seen: Observation, limits: &Limits) -> Decision {
     if seen.round > 1 && (small || predicted <= limits.max_downtime && !shrinks_fast(seen)) {
         return Decision::Freeze;
     }
-    let stuck = seen.previous_pages.is_some_and(|previous| seen.round > 2 && seen.sent_pages * 10 > previous * 9);
+    let stuck = seen
+        .previous_pages
+        .is_some_and(|previous| seen.round > 2 && seen.sent_pages * 10 > previous * 9);
     if seen.round < limits.max_rounds && !stuck {
         return Decision::Again;
     }
@@ -79,7 +81,8 @@ pub fn decide(seen: Observation, limits: &Limits) -> Decision {
 
 /// Did the last round find less than half of what the one before it found?
 fn shrinks_fast(seen: Observation) -> bool {
-    seen.previous_pages.is_some_and(|previous| seen.sent_pages * 2 < previous && seen.sent_pages > 4 * FEW)
+    seen.previous_pages
+        .is_some_and(|previous| seen.sent_pages * 2 < previous && seen.sent_pages > 4 * FEW)
 }
 
 #[cfg(test)]
@@ -87,12 +90,22 @@ mod tests {
     use super::*;
 
     fn limits(mode: Mode) -> Limits {
-        Limits { mode, max_downtime: Duration::from_millis(100), max_rounds: 10, strict: false }
+        Limits {
+            mode,
+            max_downtime: Duration::from_millis(100),
+            max_rounds: 10,
+            strict: false,
+        }
     }
 
     fn seen(round: u32, previous: Option<u64>, sent: u64) -> Observation {
         // 50,000 pages a second.
-        Observation { round, sent_pages: sent, took: Duration::from_secs_f64(sent as f64 / 50e3), previous_pages: previous }
+        Observation {
+            round,
+            sent_pages: sent,
+            took: Duration::from_secs_f64(sent as f64 / 50e3),
+            previous_pages: previous,
+        }
     }
 
     #[test]
@@ -109,7 +122,16 @@ mod tests {
         let at = seen(5, Some(60_000), 60_000);
         assert_eq!(decide(at, &limits(Mode::Hybrid)), Decision::FreezeAndFollow);
         assert_eq!(decide(at, &limits(Mode::PreCopy)), Decision::Freeze);
-        assert_eq!(decide(at, &Limits { strict: true, ..limits(Mode::PreCopy) }), Decision::GiveUp);
+        assert_eq!(
+            decide(
+                at,
+                &Limits {
+                    strict: true,
+                    ..limits(Mode::PreCopy)
+                }
+            ),
+            Decision::GiveUp
+        );
     }
 
     #[test]

@@ -71,7 +71,9 @@ pub struct Report {
 impl Report {
     /// Pages with contents, all rounds together.
     pub fn pages(&self) -> u64 {
-        self.rounds.iter().map(|round| round.pages).sum::<u64>() + self.last.pages + self.followed.map_or(0, |f| f.pages)
+        self.rounds.iter().map(|round| round.pages).sum::<u64>()
+            + self.last.pages
+            + self.followed.map_or(0, |f| f.pages)
     }
 
     /// Bytes of these pages.
@@ -109,7 +111,10 @@ impl Report {
                 followed.pages, followed.ms, followed.faults, followed.fault_p50_us, followed.fault_p99_us
             ));
         }
-        text.push_str(&format!("total {:.0} ms; the root is pid {} there", self.total_ms, self.pid_there));
+        text.push_str(&format!(
+            "total {:.0} ms; the root is pid {} there",
+            self.total_ms, self.pid_there
+        ));
         text
     }
 }

@@ -42,7 +42,10 @@ pub struct StandbySink(Arc<Mutex<Standby>>);
 impl Standby {
     /// An empty standby that keeps at most `room` bytes waiting.
     pub fn new(room: u64) -> Standby {
-        Standby { room, ..Standby::default() }
+        Standby {
+            room,
+            ..Standby::default()
+        }
     }
 
     /// Says which ranges of a task are mapped.
@@ -51,8 +54,17 @@ impl Standby {
     /// When its memory cannot be opened.
     pub fn add(&mut self, pid: u32, tid: i32, staged: RunSet) -> Result<()> {
         let failed = || Error::new("open memory").task(tid);
-        let forced = File::options().read(true).write(true).open(format!("/proc/{tid}/mem")).with(failed)?;
-        let task = StagedTask { memory: RemoteMemory::new(tid), forced, pages: Pages::open(tid)?, staged };
+        let forced = File::options()
+            .read(true)
+            .write(true)
+            .open(format!("/proc/{tid}/mem"))
+            .with(failed)?;
+        let task = StagedTask {
+            memory: RemoteMemory::new(tid),
+            forced,
+            pages: Pages::open(tid)?,
+            staged,
+        };
         self.tasks.insert(pid, task);
         Ok(())
     }
@@ -97,9 +109,12 @@ impl Standby {
         for &(start, end) in rest.ranges() {
             for address in (start..end).step_by(PAGE_SIZE) {
                 if self.waiting.len() as u64 * PAGE > self.room {
-                    return Err(io::Error::other("more memory waits for its mappings than the source had announced"));
+                    return Err(io::Error::other(
+                        "more memory waits for its mappings than the source had announced",
+                    ));
                 }
-                self.waiting.insert((object, address), part(address, address + PAGE).into());
+                self.waiting
+                    .insert((object, address), part(address, address + PAGE).into());
             }
         }
         Ok(())
@@ -110,7 +125,9 @@ impl Standby {
             self.waiting.remove(&(object, run.start + page * PAGE));
         }
         let MemoryObject::Task(pid) = object else { return Ok(()) };
-        let Some(task) = self.tasks.get(&pid) else { return Ok(()) };
+        let Some(task) = self.tasks.get(&pid) else {
+            return Ok(());
+        };
         // Only what is there must be made zero; what was never written is.
         let here = RunSet::from_runs(&[run]).intersect(&task.staged);
         let mut present = Vec::new();

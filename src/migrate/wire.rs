@@ -212,7 +212,9 @@ pub fn encode(body: Body) -> Vec<u8> {
 pub fn decode(bytes: &[u8]) -> Result<Body> {
     let envelope = Envelope::decode(bytes).context("read a message of the peer")?;
     let unknown = "it is of a kind that this version does not know";
-    envelope.body.ok_or_else(|| Error::new("read a message of the peer").because(unknown))
+    envelope
+        .body
+        .ok_or_else(|| Error::new("read a message of the peer").because(unknown))
 }
 
 #[cfg(test)]
@@ -221,7 +223,12 @@ mod tests {
 
     #[test]
     fn messages_survive_the_wire_and_damage_is_an_error() {
-        let body = Body::Final(Final { lazy: vec![LazyPages { pid: 7, bounds: vec![0x1000, 0x3000] }] });
+        let body = Body::Final(Final {
+            lazy: vec![LazyPages {
+                pid: 7,
+                bounds: vec![0x1000, 0x3000],
+            }],
+        });
         let bytes = encode(body.clone());
         assert_eq!(decode(&bytes).unwrap(), body);
         for end in 0..bytes.len() {

@@ -62,9 +62,17 @@ impl Puppet {
     /// # Errors
     /// EEXIST when the pid is taken, EPERM without CAP_CHECKPOINT_RESTORE in the pid namespace.
     pub fn spawn(wanted: Option<i32>, keep: &[(BorrowedFd<'_>, i32)]) -> Result<Puppet> {
+        Puppet::spawn_as(wanted, keep, false)
+    }
+
+    /// As [`Puppet::spawn`]; a `sibling` is a child of our parent instead of ours.
+    ///
+    /// # Errors
+    /// As [`Puppet::spawn`].
+    pub fn spawn_as(wanted: Option<i32>, keep: &[(BorrowedFd<'_>, i32)], sibling: bool) -> Result<Puppet> {
         let program = seed_memfd()?;
         let (go, told) = pipe()?;
-        let tid = fork_seed(wanted, &program, keep, &told)?;
+        let tid = fork_seed(wanted, &program, keep, &told, sibling)?;
         // From here on it must not outlive a failure.
         let seized = tracee::seize(tid, true);
         drop(told);
@@ -338,7 +346,13 @@ fn seed_memfd() -> Result<OwnedFd> {
 }
 
 /// Forks a child that waits for a byte on `told` and then executes `program`.
-fn fork_seed(wanted: Option<i32>, program: &OwnedFd, keep: &[(BorrowedFd<'_>, i32)], told: &OwnedFd) -> Result<i32> {
+fn fork_seed(
+    wanted: Option<i32>,
+    program: &OwnedFd,
+    keep: &[(BorrowedFd<'_>, i32)],
+    told: &OwnedFd,
+    sibling: bool,
+) -> Result<i32> {
     #[repr(C)]
     #[derive(Default)]
     struct CloneArgs {
@@ -349,7 +363,12 @@ fn fork_seed(wanted: Option<i32>, program: &OwnedFd, keep: &[(BorrowedFd<'_>, i3
     }
     let tid = wanted.unwrap_or(0);
     let mut args = CloneArgs::default();
-    args.words[4] = libc::SIGCHLD as u64;
+    if sibling {
+        // The exit signal is then that of the caller, and must not be given: clone3(2).
+        args.words[0] = libc::CLONE_PARENT as u64;
+    } else {
+        args.words[4] = libc::SIGCHLD as u64;
+    }
     if wanted.is_some() {
         (args.set_tid, args.set_tid_size) = (std::ptr::from_ref(&tid) as u64, 1);
     }

@@ -88,7 +88,7 @@ impl Build {
         raise_descriptor_limit();
         let control = (skeleton.highest_descriptor as i32 + 1).max(512);
         let (channel, remote) = seed::descriptor_channel()?;
-        let mut leader = Puppet::spawn(Some(root as i32), &[(remote.as_fd(), control)])?;
+        let mut leader = Puppet::spawn_as(Some(root as i32), &[(remote.as_fd(), control)], options.sibling)?;
         let mut pids = vec![leader.tid()];
 
         let mut ranges = skeleton.ranges.clone();

@@ -119,12 +119,18 @@ impl Build {
     pub fn clear_the_way(&mut self, pid: u32, vmas: &[VmaEntry]) -> Result<()> {
         let tid = self.task(pid)?.leader.tid();
         let maps = maps::parse(&crate::procfs::read(tid, "maps")?)?;
-        let Some(ours) = vdso::Place::of_maps(&maps) else { return Ok(()) };
+        let Some(ours) = vdso::Place::of_maps(&maps) else {
+            return Ok(());
+        };
         if !vmas.iter().any(|vma| vma.start < ours.end && vma.end > ours.data) {
             return Ok(());
         }
         let at = self.arena.0.0 + crate::remote::seed::ARENA_SIZE;
-        let to = vdso::Place { data: at, code: at + (ours.code - ours.data), end: at + (ours.end - ours.data) };
+        let to = vdso::Place {
+            data: at,
+            code: at + (ours.code - ours.data),
+            end: at + (ours.end - ours.data),
+        };
         let mut program = Program::new();
         vdso::relocate(&mut program, &maps, to, at + SPARE / 2);
         self.run(pid, &program).map(drop)

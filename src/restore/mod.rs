@@ -28,6 +28,10 @@ pub struct Options {
     pub tcp_close: bool,
     /// Sessions from outside of the tree become a new session of the root, as in a migration.
     pub new_session: bool,
+    /// The root becomes a child of this process's parent (`--restore-sibling`).
+    pub sibling: bool,
+    /// All tasks are stopped by SIGSTOP before they run (`--leave-stopped`).
+    pub leave_stopped: bool,
 }
 
 impl Default for Options {
@@ -39,6 +43,8 @@ impl Default for Options {
             tcp_established: false,
             tcp_close: false,
             new_session: false,
+            sibling: false,
+            leave_stopped: false,
         }
     }
 }

@@ -403,7 +403,10 @@ impl Ready<'_> {
                     .map_err(|error| error.object(fd::describe(entry)))?;
             }
         }
-        for task in image.tasks.iter().filter(|task| task.state() == task_state::STOPPED) {
+        let stop_all = self.build.options.leave_stopped;
+        let stopped =
+            |task: &&TaskImage| task.state() == task_state::STOPPED || (stop_all && task.state() == task_state::ALIVE);
+        for task in image.tasks.iter().filter(stopped) {
             let leader = self.build.task(task.entry.pid)?.leader.tid();
             let signal = task.cores[0]
                 .tc
@@ -494,7 +497,22 @@ pub fn from_directory<'a>(
     pages: &whimbrel_images::chain::PageStore,
     options: &'a super::Options,
 ) -> Result<Ready<'a>> {
+    from_directory_with(image, store, pages, options, &mut |_| Ok(()))
+}
+
+/// As [`from_directory`]; `created` is called with the root's process id as soon as the tasks exist, empty.
+///
+/// # Errors
+/// As [`from_directory`], and those of `created`.
+pub fn from_directory_with<'a>(
+    image: &'a TreeImage,
+    store: &'a dyn ImageStore,
+    pages: &whimbrel_images::chain::PageStore,
+    options: &'a super::Options,
+    created: &mut dyn FnMut(i32) -> Result<()>,
+) -> Result<Ready<'a>> {
     let mut build = Build::tasks(&super::Skeleton::of(image), options.clone())?;
+    created(build.root_pid().unwrap_or_default())?;
     let mut files = FileRestore::new(store, options, &image.files);
     let paths = build.open_backing(image, &mut files)?;
     let has_pages = |pid: u32| {

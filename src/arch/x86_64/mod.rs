@@ -1,6 +1,7 @@
 //! x86_64.
 
 mod core_image;
+pub mod cpu;
 mod frame;
 mod gadget;
 mod registers;

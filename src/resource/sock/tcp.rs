@@ -219,7 +219,11 @@ impl FileKind for Tcp {
     fn connection(&self, file: &OpenFile) -> Result<Option<Connection>> {
         let ends = Ends::of(file.handle.as_fd())?;
         let connected = ends.remote.port() != 0;
-        Ok(connected.then_some(Connection { protocol: Protocol::Tcp, local: ends.local, remote: ends.remote }))
+        Ok(connected.then_some(Connection {
+            protocol: Protocol::Tcp,
+            local: ends.local,
+            remote: ends.remote,
+        }))
     }
 
     fn abandon(&self, file: &OpenFile) -> Result<()> {
