@@ -18,12 +18,14 @@ mod image;
 mod lazy_pages;
 mod log;
 mod man;
+mod migrate;
 mod options;
 mod page_server;
 mod pre_dump;
 mod remote_pages;
 mod restore;
 mod scripts;
+mod serve;
 mod staging;
 mod stats;
 mod trust;
@@ -110,6 +112,8 @@ verbs! {
     LazyPages(lazy_pages::LazyPages),
     Dedup(dedup::Dedup),
     Cpuinfo(cpuinfo::CpuInfo),
+    Migrate(migrate::Migrate),
+    Serve(serve::Serve),
     Id(id::Id),
     Trust(trust::Trust),
     Image(image::Image),
