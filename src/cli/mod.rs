@@ -11,6 +11,7 @@ mod compare;
 mod completions;
 mod cpuinfo;
 mod dedup;
+mod demo;
 mod dump;
 mod id;
 mod identity;
@@ -114,6 +115,7 @@ verbs! {
     Cpuinfo(cpuinfo::CpuInfo),
     Migrate(migrate::Migrate),
     Serve(serve::Serve),
+    Demo(demo::Demo),
     Id(id::Id),
     Trust(trust::Trust),
     Image(image::Image),

@@ -186,12 +186,12 @@ fn serve(
     }
     let committed = Instant::now();
     let pid = put.ready.root_pid().unwrap_or_default();
-    put.ready.go()?;
+    let ran = put.ready.go()?;
     registry.running();
     if let Some(address) = address {
         address.keep_and_announce();
     }
-    let microseconds = committed.elapsed().as_micros() as u64;
+    let microseconds = (ran - committed).as_micros() as u64;
     observer.note(&format!("{}: runs as pid {pid}", begin.name));
     // Whether the source hears it or not, the tree runs: it will ask.
     let told = send(

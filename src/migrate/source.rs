@@ -453,7 +453,7 @@ impl Migration<'_> {
 
         let started = Instant::now();
         match self.receive("await the tree's being put together")? {
-            Body::Prepared(prepared) => eprintln!("T prepared {} µs", prepared.microseconds),
+            Body::Prepared(_) => {}
             other => return Err(unexpected(&other)),
         }
         self.report.frozen.prepare_ms = ms(started.elapsed());
@@ -491,12 +491,17 @@ impl Migration<'_> {
             return Err(error);
         }
         self.observer.phase(Phase::Commit);
+        let before = started.elapsed();
+        let mut commit_took = before;
         let told = self
             .send(Body::Commit(true))
             .and_then(|()| self.receive("await that the tree runs"));
         let running = match told {
             Ok(Body::Running(running)) => {
-                eprintln!("T go {} µs", running.microseconds);
+                // Its own time there, and half of what the messages took: not how long we waited for a processor here.
+                let there = Duration::from_micros(running.microseconds);
+                let path = self.session.path_stats().map_or(Duration::ZERO, |path| path.rtt / 2);
+                commit_took = before + there + path;
                 Some(running.pid)
             }
             // Nobody knows; never guess.
@@ -511,8 +516,8 @@ impl Migration<'_> {
                 .because("the destination gave the tree up before it ran; it goes on here"));
         };
         self.report.pid_there = pid;
-        self.report.frozen.commit_ms = ms(started.elapsed());
-        self.report.frozen.total_ms = ms(since.elapsed());
+        self.report.frozen.commit_ms = ms(commit_took);
+        self.report.frozen.total_ms = ms(started - since + commit_took);
         if let Some(removed) = removed {
             removed.keep();
         }

@@ -390,11 +390,11 @@ impl Ready<'_> {
         Ok(())
     }
 
-    /// The last step: files are let go (the network must be open by now), and everything runs.
+    /// The last step: files are let go (the network must be open by now), and everything runs. Tells when that was.
     ///
     /// # Errors
     /// When a file cannot be let go, or a task died.
-    pub fn go(mut self) -> Result<()> {
+    pub fn go(mut self) -> Result<std::time::Instant> {
         let image = self.image;
         for (id, entry) in &image.files {
             if self.files.opened.contains_key(id) {
@@ -416,7 +416,8 @@ impl Ready<'_> {
             // It is pending when the thread is let go, so that the task stops before it runs.
             crate::kernel::sys::kill(leader, signal as i32).with(|| Error::new("stop").task(leader))?;
         }
-        self.build.release()
+        let now = std::time::Instant::now();
+        self.build.release().map(|()| now)
     }
 }
 
