@@ -31,8 +31,18 @@ pub fn queue_length(socket: BorrowedFd<'_>, which: u32) -> io::Result<u32> {
 /// # Errors
 /// EACCES when an eBPF program is attached, which cannot be read.
 pub fn filter(socket: BorrowedFd<'_>) -> io::Result<Vec<u64>> {
-    // The kernel's limit, BPF_MAXINSNS; the length counts instructions, not bytes.
-    let mut program = vec![0u64; 4096];
+    // Lengths count instructions, not bytes. Without room, the kernel only tells how many there are.
+    let mut program = Vec::new();
+    let mut length = read_filter(socket, &mut program)?;
+    if length > 0 {
+        program.resize(length, 0);
+        length = read_filter(socket, &mut program)?;
+    }
+    program.truncate(length);
+    Ok(program.into_iter().map(u64::from_le).collect())
+}
+
+fn read_filter(socket: BorrowedFd<'_>, program: &mut [u64]) -> io::Result<usize> {
     let mut length = program.len() as libc::socklen_t;
     // SAFETY: the kernel writes at most `length` instructions of 8 bytes, for which there is room.
     let result = unsafe {
@@ -47,8 +57,7 @@ pub fn filter(socket: BorrowedFd<'_>) -> io::Result<Vec<u64>> {
     if result < 0 {
         return Err(io::Error::last_os_error());
     }
-    program.truncate(length as usize);
-    Ok(program.into_iter().map(u64::from_le).collect())
+    Ok(length as usize)
 }
 
 /// Attaches a classic BPF program.
@@ -91,7 +100,7 @@ pub fn unshare_directories() -> io::Result<()> {
 }
 
 /// Address family, type and protocol of a socket.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Identity {
     /// AF_…
     pub family: i32,

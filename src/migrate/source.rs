@@ -102,22 +102,11 @@ pub fn run(runtime: &Runtime, endpoint: &Endpoint, options: &Options, observer: 
     recover(runtime, endpoint, options)?;
     observer.phase(Phase::Preflight);
     let looked = Looked::look(options)?;
-    let request = SessionRequest {
-        role: Role::Migrate,
-        session_id: SessionId::random(),
-    };
+    let request = SessionRequest { role: Role::Migrate, session_id: SessionId::random() };
     let session = runtime
         .block_on(async { endpoint.connect(options.destination).await?.open(request).await })
         .with(|| Error::new("connect to the destination").object(options.destination.to_string()))?;
-    let mut migration = Migration {
-        runtime,
-        endpoint,
-        options,
-        observer,
-        session,
-        request,
-        report: Report::default(),
-    };
+    let mut migration = Migration { runtime, endpoint, options, observer, session, request, report: Report::default() };
     let result = migration.run(looked);
     match &result {
         Ok(_) => migration.report.total_ms = ms(started.elapsed()),
@@ -147,16 +136,12 @@ struct LookedTask {
     sent: RunSet,
     /// Pages whose last known contents the destination does not have.
     owed: RunSet,
-    staged: RunSet,
 }
 
 impl Looked {
     fn look(options: &Options) -> Result<Looked> {
         let mut cache = GadgetCache::default();
-        let mut looked = Looked {
-            tasks: Vec::new(),
-            begin: Begin::default(),
-        };
+        let mut looked = Looked { tasks: Vec::new(), begin: Begin::default() };
         let begin = &mut looked.begin;
         begin.dry_run = options.dry_run;
         begin.tcp_established = options.dump.tcp_established;
@@ -179,10 +164,7 @@ impl Looked {
                 threads: Vec::new(),
             };
             let zombie = matches!(stat.state, b'Z' | b'X');
-            let mut shape = TaskShape {
-                zombie,
-                ..TaskShape::default()
-            };
+            let mut shape = TaskShape { zombie, ..TaskShape::default() };
             let number = entry.pid;
             shape.entry = Some(entry);
             if pid == options.pid {
@@ -192,14 +174,12 @@ impl Looked {
                 let maps = procfs::maps::parse(&procfs::read(pid, "smaps")?)?;
                 describe_memory(pid, &maps, &stat, &mut shape, begin, &mut files)?;
                 look_at_files(pid, options, begin)?;
-                let staged = staged_ranges(&maps);
                 looked.tasks.push(LookedTask {
                     pid,
                     inner: number,
                     tracker: None,
                     sent: RunSet::default(),
                     owed: RunSet::default(),
-                    staged,
                 });
                 queue.extend(crate::tree::children_of(pid)?.into_iter().map(|child| (child, number)));
             }
@@ -211,9 +191,7 @@ impl Looked {
                 match track::start(task.pid, &mut cache) {
                     Ok(tracker) => task.tracker = Some(tracker),
                     // Without a tracker all of it is sent in the freeze: slower, not wrong.
-                    Err(error) => {
-                        tracing::warn!(error = error.chain(), "memory is not watched: no rounds for this task")
-                    }
+                    Err(error) => tracing::warn!(error = error.chain(), "memory is not watched: no rounds for this task"),
                 }
             }
         }
@@ -222,19 +200,12 @@ impl Looked {
 }
 
 fn read_ids(pid: i32) -> Result<(procfs::stat::Stat, procfs::status::Status)> {
-    Ok((
-        procfs::stat::parse(&procfs::read(pid, "stat")?)?,
-        procfs::status::parse(&procfs::read(pid, "status")?)?,
-    ))
+    Ok((procfs::stat::parse(&procfs::read(pid, "stat")?)?, procfs::status::parse(&procfs::read(pid, "status")?)?))
 }
 
-fn staged_ranges(maps: &[Mapping]) -> RunSet {
-    RunSet::from_ranges(
-        maps.iter()
-            .filter(|map| track::is_staged(map))
-            .map(|map| (map.start, map.end))
-            .collect(),
-    )
+/// Pages that the destination holds and that read as zeros now, or are mapped no more.
+fn vanished(task: &LookedTask, look: &track::Look) -> RunSet {
+    task.sent.intersect(&look.gone).union(&task.sent.subtract(&look.watched))
 }
 
 /// Mappings of a task, what they need of the other host, and whether all of them can be carried.
@@ -247,8 +218,7 @@ fn describe_memory(
     files: &mut HashMap<String, NeededFile>,
 ) -> Result<()> {
     for map in maps {
-        let (vma, backing) =
-            mapping::describe(map, (stat.start_brk, stat.start_brk)).map_err(|error| error.task(pid))?;
+        let (vma, backing) = mapping::describe(map, (stat.start_brk, stat.start_brk)).map_err(|error| error.task(pid))?;
         if track::is_staged(map) {
             shape.staged.push(shape.vmas.len() as u32);
         }
@@ -309,14 +279,8 @@ impl Migration<'_> {
             return Ok(Outcome::Looked(blockers));
         }
         if let Some(first) = blockers.first() {
-            let all = if blockers.len() == 1 {
-                first.clone()
-            } else {
-                blockers.join("; and ")
-            };
-            return Err(Error::new("migrate")
-                .task(self.options.pid)
-                .because(format!("the destination cannot take it: {all}")));
+            let all = if blockers.len() == 1 { first.clone() } else { blockers.join("; and ") };
+            return Err(Error::new("migrate").task(self.options.pid).because(format!("the destination cannot take it: {all}")));
         }
         let sender = self.session.page_sender();
         let follow = self.rounds(&mut looked, &sender)?;
@@ -325,28 +289,20 @@ impl Migration<'_> {
     }
 
     fn send(&self, body: Body) -> Result<()> {
-        self.session
-            .send_message_blocking(wire::encode(body))
-            .context("tell the destination")
+        self.session.send_message_blocking(wire::encode(body)).context("tell the destination")
     }
 
     fn receive(&self, what: &str) -> Result<Body> {
         let message = self.session.recv_message_blocking().context(what)?;
         let message = message.ok_or_else(|| Error::new(what).because("the destination ended the session"))?;
         match wire::decode(&message)? {
-            Body::Failed(failed) => {
-                Err(Error::new("migrate").because(format!("the destination failed: {}", failed.reason)))
-            }
+            Body::Failed(failed) => Err(Error::new("migrate").because(format!("the destination failed: {}", failed.reason))),
             body => Ok(body),
         }
     }
 
     fn check_cancelled(&self) -> Result<()> {
-        if self.observer.cancelled() {
-            Err(Error::new("migrate").because("cancelled"))
-        } else {
-            Ok(())
-        }
+        if self.observer.cancelled() { Err(Error::new("migrate").because("cancelled")) } else { Ok(()) }
     }
 
     /// Pre-copy; tells whether the rest is to follow on demand.
@@ -376,26 +332,15 @@ impl Migration<'_> {
             self.observer.round(number, &round);
             self.report.rounds.push(round);
             let sent_pages = stats.pages + stats.zero_pages;
-            let seen = Observation {
-                round: number,
-                sent_pages,
-                took: started.elapsed(),
-                previous_pages: previous,
-            };
+            let seen = Observation { round: number, sent_pages, took: started.elapsed(), previous_pages: previous };
             previous = Some(sent_pages);
             match policy::decide(seen, limits) {
                 Decision::Again => {}
                 Decision::Freeze => return Ok(false),
                 Decision::FreezeAndFollow => return Ok(true),
                 Decision::GiveUp => {
-                    let cause = format!(
-                        "it writes memory faster than it can be sent, and a downtime of {:?} cannot be met",
-                        limits.max_downtime
-                    );
-                    return Err(Error::new("migrate")
-                        .task(self.options.pid)
-                        .because(cause)
-                        .hint("use --mode hybrid, or a larger --max-downtime"));
+                    let cause = format!("it writes memory faster than it can be sent, and a downtime of {:?} cannot be met", limits.max_downtime);
+                    return Err(Error::new("migrate").task(self.options.pid).because(cause).hint("use --mode hybrid, or a larger --max-downtime"));
                 }
             }
         }
@@ -409,8 +354,7 @@ impl Migration<'_> {
         self.observer.phase(Phase::Freeze);
         let frozen = dump::freeze(self.options.pid, prepared, &self.options.dump)?;
         let since = frozen.since;
-        (self.report.frozen.freeze_ms, self.report.frozen.collect_ms) =
-            (ms(frozen.times.freezing), ms(frozen.times.collecting));
+        (self.report.frozen.freeze_ms, self.report.frozen.collect_ms) = (ms(frozen.times.freezing), ms(frozen.times.collecting));
         self.check_cancelled()?;
 
         let started = Instant::now();
@@ -430,12 +374,7 @@ impl Migration<'_> {
         let lazy = send_last(&mut looked, &frozen, sender, follow)?;
         let tasks = frozen.collected.tasks.clone();
         let inventory = TreeImage::new_inventory(&tasks.first().map(|task| task.ids.clone()).unwrap_or_default());
-        TreeImage {
-            inventory,
-            tasks,
-            files,
-        }
-        .save(&store)?;
+        TreeImage { inventory, tasks, files }.save(&store)?;
         for name in store.list().context("list images")? {
             let bytes = store.take(&name).unwrap_or_default();
             self.session.send_blob_blocking(&name, bytes).context("send an image")?;
@@ -451,14 +390,12 @@ impl Migration<'_> {
             pid: *pid,
             bounds: set.ranges().iter().flat_map(|&(start, end)| [start, end]).collect(),
         };
-        self.send(Body::Final(Final {
-            lazy: lazy.iter().map(lazy_pages).collect(),
-        }))?;
+        self.send(Body::Final(Final { lazy: lazy.iter().map(lazy_pages).collect() }))?;
         self.report.frozen.send_ms = ms(started.elapsed());
 
         let started = Instant::now();
         match self.receive("await the tree's being put together")? {
-            Body::Prepared(_) => {}
+            Body::Prepared(prepared) => eprintln!("T prepared {} µs", prepared.microseconds),
             other => return Err(unexpected(&other)),
         }
         self.report.frozen.prepare_ms = ms(started.elapsed());
@@ -468,13 +405,7 @@ impl Migration<'_> {
     }
 
     /// The decision, and everything after it.
-    fn commit(
-        &mut self,
-        frozen: FrozenTree,
-        lock: NetworkLock,
-        lazy: Vec<(u32, RunSet)>,
-        since: Instant,
-    ) -> Result<()> {
+    fn commit(&mut self, frozen: FrozenTree, lock: NetworkLock, lazy: Vec<(u32, RunSet)>, since: Instant) -> Result<()> {
         let started = Instant::now();
         let moved = MovedAddress::parse(&self.options.move_address, &self.options.move_device)?;
         let removed = moved.as_ref().map(Removed::remove).transpose()?;
@@ -485,22 +416,19 @@ impl Migration<'_> {
         let decision = Recorded {
             session: self.request.session_id.to_string(),
             destination: self.options.destination.to_string(),
-            tasks: frozen
-                .tree
-                .living()
-                .map(|task| (task.pid, task.stat.starttime))
-                .collect(),
+            tasks: frozen.tree.living().map(|task| (task.pid, task.stat.starttime)).collect(),
         };
         if let Err(error) = self.options.journal.write(self.options.pid, &decision) {
             stopped.undo();
             return Err(error);
         }
         self.observer.phase(Phase::Commit);
-        let told = self
-            .send(Body::Commit(true))
-            .and_then(|()| self.receive("await that the tree runs"));
+        let told = self.send(Body::Commit(true)).and_then(|()| self.receive("await that the tree runs"));
         let running = match told {
-            Ok(Body::Running(running)) => Some(running.pid),
+            Ok(Body::Running(running)) => {
+                eprintln!("T go {} µs", running.microseconds);
+                Some(running.pid)
+            }
             // Nobody knows; never guess.
             _ => self.ask(&decision.session)?,
         };
@@ -508,9 +436,7 @@ impl Migration<'_> {
             stopped.undo();
             drop((removed, lock, frozen));
             self.options.journal.clear(self.options.pid)?;
-            return Err(Error::new("migrate")
-                .task(self.options.pid)
-                .because("the destination gave the tree up before it ran; it goes on here"));
+            return Err(Error::new("migrate").task(self.options.pid).because("the destination gave the tree up before it ran; it goes on here"));
         };
         self.report.pid_there = pid;
         self.report.frozen.commit_ms = ms(started.elapsed());
@@ -540,10 +466,7 @@ impl Migration<'_> {
         let started = Instant::now();
         let source: Arc<dyn PageSource> = Arc::new(FrozenPages::open(frozen, &lazy)?);
         let over = Arc::new(AtomicBool::new(false));
-        let request = SessionRequest {
-            role: Role::Faults { initiator_serves: true },
-            session_id: self.request.session_id,
-        };
+        let request = SessionRequest { role: Role::Faults { initiator_serves: true }, session_id: self.request.session_id };
         let (endpoint, destination, told) = (self.endpoint.clone(), self.options.destination, over.clone());
         let serving = self.runtime.handle().spawn(async move {
             let server = FaultServer::new(source, None);
@@ -587,8 +510,7 @@ impl Migration<'_> {
 
     fn ask_finished(&self) -> bool {
         let session = self.request.session_id.to_string();
-        ask_state(self.runtime, self.endpoint, self.options.destination, &session)
-            .is_some_and(|answer| answer.running && !answer.waiting)
+        ask_state(self.runtime, self.endpoint, self.options.destination, &session).is_some_and(|answer| answer.running && !answer.waiting)
     }
 
     /// The tree lives there: what is left of it here goes, without a word to anybody.
@@ -608,31 +530,21 @@ impl Migration<'_> {
 
 fn unexpected(body: &Body) -> Error {
     let text = format!("{body:?}");
-    Error::new("migrate").because(format!(
-        "the destination answered something else than expected: {:.80}",
-        text
-    ))
+    Error::new("migrate").because(format!("the destination answered something else than expected: {:.80}", text))
 }
 
 /// Sends what a task wrote since the last round.
 fn send_round(task: &mut LookedTask, sender: &PageSender, go_on: &dyn Fn() -> Result<()>) -> Result<()> {
-    let Some(tracker) = &mut task.tracker else {
-        return Ok(());
-    };
+    let Some(tracker) = &mut task.tracker else { return Ok(()) };
     let maps = match procfs::read(task.pid, "maps").and_then(|text| procfs::maps::parse(&text)) {
         Ok(maps) => maps,
         // It ended; the freeze will see what became of the tree.
         Err(_) => return Ok(()),
     };
     let look = tracker.look(&maps)?;
-    let staged = task.staged.intersect(&staged_ranges(&maps));
     // What an earlier attempt found and did not deliver is still owed.
-    let dirty = look
-        .dirty
-        .union(&task.owed)
-        .intersect(&staged)
-        .intersect(&look.populated);
-    let gone = task.sent.intersect(&staged).subtract(&look.populated);
+    let dirty = look.dirty.union(&task.owed.intersect(&look.watched).subtract(&look.gone));
+    let gone = vanished(task, &look);
     task.owed = dirty.clone();
     let object = MemoryObject::Task(task.inner);
     let mut sink = sender.clone();
@@ -645,13 +557,7 @@ fn send_round(task: &mut LookedTask, sender: &PageSender, go_on: &dyn Fn() -> Re
     Ok(())
 }
 
-fn send_pages(
-    pid: i32,
-    object: MemoryObject,
-    set: &RunSet,
-    sink: &mut dyn PageSink,
-    go_on: &dyn Fn() -> Result<()>,
-) -> Result<()> {
+fn send_pages(pid: i32, object: MemoryObject, set: &RunSet, sink: &mut dyn PageSink, go_on: &dyn Fn() -> Result<()>) -> Result<()> {
     let reader = Pages::open(pid)?;
     let mut buffer = vec![0u8; BATCH];
     for batch in pages::batches(&set.runs(), BATCH) {
@@ -676,10 +582,7 @@ fn send_single_pages(reader: &Pages, object: MemoryObject, batch: &[PageRun], si
     let mut page = [0u8; PAGE_SIZE];
     for run in batch {
         for index in 0..run.pages {
-            let one = PageRun {
-                start: run.start + index * PAGE_SIZE as u64,
-                pages: 1,
-            };
+            let one = PageRun { start: run.start + index * PAGE_SIZE as u64, pages: 1 };
             if reader.read(&[one], &mut page).is_ok() {
                 sink.write_pages(object, one, &page).context("send pages")?;
             }
@@ -689,12 +592,7 @@ fn send_single_pages(reader: &Pages, object: MemoryObject, batch: &[PageRun], si
 }
 
 /// Sends what the rounds did not deliver; with `follow`, tells instead which pages are to follow.
-fn send_last(
-    looked: &mut Looked,
-    frozen: &FrozenTree,
-    sender: &PageSender,
-    follow: bool,
-) -> Result<Vec<(u32, RunSet)>> {
+fn send_last(looked: &mut Looked, frozen: &FrozenTree, sender: &PageSender, follow: bool) -> Result<Vec<(u32, RunSet)>> {
     let mut lazy = Vec::new();
     for memory in &frozen.collected.memory {
         let task = looked.tasks.iter_mut().find(|task| task.pid == memory.pid);
@@ -725,37 +623,28 @@ fn select_last(
 ) -> Result<((RunSet, RunSet), RunSet)> {
     let maps = procfs::maps::parse(&procfs::read(memory.pid, "maps")?)?;
     let reader = Pages::open(memory.pid)?;
-    let mut own = Vec::new();
-    for &(start, end) in &memory.ranges {
-        reader.own(start, end, &mut own)?;
-    }
-    let own = RunSet::from_runs(&own);
-    let (mut needed, mut gone) = (own.clone(), RunSet::default());
+    let mut ranges = RunSet::from_ranges(memory.ranges.clone());
+    let (mut needed, mut gone) = (RunSet::default(), RunSet::default());
     if let Some(task) = task
         && let Some(tracker) = &mut task.tracker
     {
         let look = tracker.look(&maps)?;
-        let delivered = task
-            .sent
-            .intersect(&task.staged)
-            .subtract(&look.dirty)
-            .subtract(&task.owed)
-            .intersect(&look.populated);
-        needed = own.subtract(&delivered);
-        gone = task.sent.subtract(&own);
+        needed = look.dirty.union(&task.owed.intersect(&look.watched).subtract(&look.gone));
+        gone = vanished(task, &look);
+        ranges = ranges.subtract(&look.watched);
     }
+    // What was not watched goes whole.
+    let mut own = Vec::new();
+    for &(start, end) in ranges.ranges() {
+        reader.own(start, end, &mut own)?;
+    }
+    needed = needed.union(&RunSet::from_runs(&own));
     if !follow {
         return Ok(((needed, gone), RunSet::default()));
     }
     let may = |map: &&Mapping| track::is_staged(map);
     let locked = |map: &&Mapping| collected.is_locked(memory.object, map.start);
-    let candidates = RunSet::from_ranges(
-        maps.iter()
-            .filter(may)
-            .filter(|map| !locked(map))
-            .map(|map| (map.start, map.end))
-            .collect(),
-    );
+    let candidates = RunSet::from_ranges(maps.iter().filter(may).filter(|map| !locked(map)).map(|map| (map.start, map.end)).collect());
     // The kernel itself writes these areas while the tree is put together.
     let touched = RunSet::from_ranges(collected.touched_by_kernel(memory.object));
     let later = needed.intersect(&candidates).subtract(&touched);
@@ -771,11 +660,7 @@ impl FrozenPages {
     fn open(frozen: &FrozenTree, lazy: &[(u32, RunSet)]) -> Result<FrozenPages> {
         let mut tasks = HashMap::new();
         for (pid, set) in lazy {
-            let memory = frozen
-                .collected
-                .memory
-                .iter()
-                .find(|memory| memory.object == MemoryObject::Task(*pid));
+            let memory = frozen.collected.memory.iter().find(|memory| memory.object == MemoryObject::Task(*pid));
             if let Some(memory) = memory {
                 tasks.insert(*pid, (Pages::open(memory.pid)?, set.clone()));
             }
@@ -786,28 +671,18 @@ impl FrozenPages {
 
 impl PageSource for FrozenPages {
     fn read_pages(&self, object: MemoryObject, run: PageRun, buffer: &mut [u8]) -> std::io::Result<Vec<PageState>> {
-        let MemoryObject::Task(pid) = object else {
-            return Ok(vec![PageState::Unknown; run.pages as usize]);
-        };
-        let Some((pages, set)) = self.tasks.get(&pid) else {
-            return Ok(vec![PageState::Unknown; run.pages as usize]);
-        };
+        let MemoryObject::Task(pid) = object else { return Ok(vec![PageState::Unknown; run.pages as usize]) };
+        let Some((pages, set)) = self.tasks.get(&pid) else { return Ok(vec![PageState::Unknown; run.pages as usize]) };
         let wanted = set.intersect(&RunSet::from_runs(&[run]));
         let mut states = vec![PageState::Unknown; run.pages as usize];
         for part in wanted.runs() {
             let at = (part.start - run.start) as usize;
             let bytes = &mut buffer[at..at + part.bytes() as usize];
-            pages
-                .read(&[part], bytes)
-                .map_err(|error| std::io::Error::other(error.chain()))?;
+            pages.read(&[part], bytes).map_err(|error| std::io::Error::other(error.chain()))?;
             let first = at / PAGE_SIZE;
             for index in 0..part.pages as usize {
                 let page = &bytes[index * PAGE_SIZE..(index + 1) * PAGE_SIZE];
-                states[first + index] = if page.iter().all(|&byte| byte == 0) {
-                    PageState::Zero
-                } else {
-                    PageState::Data
-                };
+                states[first + index] = if page.iter().all(|&byte| byte == 0) { PageState::Zero } else { PageState::Data };
             }
         }
         Ok(states)
@@ -838,17 +713,12 @@ impl StoppedTree {
 
 /// Finishes what an earlier run of ours decided and did not see through.
 fn recover(runtime: &Runtime, endpoint: &Endpoint, options: &Options) -> Result<()> {
-    let Some(decision) = options.journal.read(options.pid)? else {
-        return Ok(());
-    };
+    let Some(decision) = options.journal.read(options.pid)? else { return Ok(()) };
     let alive = |&(pid, start): &(i32, u64)| read_ids(pid).is_ok_and(|(stat, _)| stat.starttime == start);
     if !decision.tasks.iter().any(alive) {
         return options.journal.clear(options.pid);
     }
-    let destination = decision
-        .destination
-        .parse()
-        .with(|| Error::new("read the decision").object(decision.destination.clone()))?;
+    let destination = decision.destination.parse().with(|| Error::new("read the decision").object(decision.destination.clone()))?;
     let failed = || {
         Error::new("learn what became of an earlier migration")
             .task(options.pid)
@@ -862,9 +732,7 @@ fn recover(runtime: &Runtime, endpoint: &Endpoint, options: &Options) -> Result<
                 sys::kill(pid, libc::SIGKILL).context("end the old copy")?;
             }
             options.journal.clear(options.pid)?;
-            Err(Error::new("migrate")
-                .task(options.pid)
-                .because("it runs at the destination already, since an earlier migration; the old copy was ended"))
+            Err(Error::new("migrate").task(options.pid).because("it runs at the destination already, since an earlier migration; the old copy was ended"))
         }
         Some(false) => {
             for &(pid, _) in decision.tasks.iter().filter(|task| alive(task)) {
@@ -882,17 +750,10 @@ fn ask_once(runtime: &Runtime, endpoint: &Endpoint, destination: SocketAddr, ses
 }
 
 fn ask_state(runtime: &Runtime, endpoint: &Endpoint, destination: SocketAddr, session: &str) -> Option<wire::Answer> {
-    let request = SessionRequest {
-        role: Role::Migrate,
-        session_id: SessionId::random(),
-    };
+    let request = SessionRequest { role: Role::Migrate, session_id: SessionId::random() };
     let asked = runtime.block_on(async {
         let session_there = endpoint.connect(destination).await?.open(request).await?;
-        session_there
-            .send_message(wire::encode(Body::Query(wire::Query {
-                session: session.as_bytes().to_vec(),
-            })))
-            .await?;
+        session_there.send_message(wire::encode(Body::Query(wire::Query { session: session.as_bytes().to_vec() }))).await?;
         let answer = session_there.recv_message().await?;
         session_there.close().await.ok();
         Ok::<_, whimbrel_page_server::transport::Error>(answer)

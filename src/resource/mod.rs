@@ -216,6 +216,7 @@ pub static FILE_KINDS: &[&dyn FileKind] = &[
     &fd::inotify::Inotify,
     &sock::tcp::Tcp,
     &sock::udp::Udp,
+    &sock::unix::Unix,
     // Takes what is left: last.
     &fd::regular::Regular,
 ];

@@ -16,8 +16,10 @@ use crate::remote::inject::GadgetCache;
 pub struct Look {
     /// Pages that hold something and were written, or could not be watched.
     pub dirty: RunSet,
-    /// Pages that hold something at all.
-    pub populated: RunSet,
+    /// Pages that were given back to the kernel since (or never held anything): they read as zeros.
+    pub gone: RunSet,
+    /// What was looked at. Pages outside of it belong to mappings that are gone or cannot be watched.
+    pub watched: RunSet,
 }
 
 /// Watches one process.
@@ -41,9 +43,14 @@ pub fn start(pid: i32, cache: &mut GadgetCache) -> Result<Box<dyn Tracker>> {
     Ok(Box::new(WpAsync::attach(pid, cache)?))
 }
 
-/// Can contents of this mapping be carried before the freeze? Private memory without a file: all that is large in
-/// practice, and the same at both ends whatever files there are.
-pub fn is_staged(map: &Mapping) -> bool {
+/// Can contents of this mapping be carried before the freeze? All private memory can.
+pub fn is_watched(map: &Mapping) -> bool {
     let kernel = map.name.starts_with(b"[v");
-    map.inode == 0 && !map.shared && !kernel && !map.has(b"ht") && !map.has(b"io") && !map.has(b"pf")
+    !map.shared && !kernel && !map.has(b"ht") && !map.has(b"io") && !map.has(b"pf")
+}
+
+/// Can this mapping exist at the destination before the freeze? Memory without a file: all that is large in practice, and
+/// the same at both ends whatever files there are.
+pub fn is_staged(map: &Mapping) -> bool {
+    map.inode == 0 && is_watched(map)
 }

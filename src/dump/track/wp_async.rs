@@ -7,7 +7,7 @@ use std::os::fd::AsFd;
 
 use whimbrel_lazy::ioctl::{self, Categories, Features, RegisterMode, ScanFlags, ScanRequest, Userfault};
 
-use super::{Look, Tracker, is_staged};
+use super::{Look, Tracker, is_watched};
 use crate::dump::runs::RunSet;
 use crate::error::{Context, Error, Result};
 use crate::kernel::sys;
@@ -61,10 +61,30 @@ impl WpAsync {
         })
     }
 
+    /// Populated pages in and between `ranges`, which are joined where they are near each other: one call for many.
+    fn populated_near(&self, ranges: &RunSet) -> Result<RunSet> {
+        const NEAR: u64 = 64 * crate::arch::PAGE_SIZE;
+        let (mut runs, mut pending) = (Vec::new(), None::<(u64, u64)>);
+        for &(start, end) in ranges.ranges() {
+            match &mut pending {
+                Some((_, last)) if start - *last <= NEAR => *last = end,
+                _ => {
+                    if let Some((from, to)) = pending.replace((start, end)) {
+                        self.pages.own(from, to, &mut runs)?;
+                    }
+                }
+            }
+        }
+        if let Some((from, to)) = pending {
+            self.pages.own(from, to, &mut runs)?;
+        }
+        Ok(RunSet::from_runs(&runs))
+    }
+
     /// Registers a mapping where that is possible and worth it.
     fn register(&self, map: &Mapping, populated: u64) -> bool {
         let sparse = map.len() > LARGE && populated.saturating_mul(16) < map.len();
-        let watchable = map.prot & libc::PROT_WRITE != 0 && !sparse;
+        let watchable = (map.prot & libc::PROT_WRITE != 0 || populated > 0) && !sparse;
         watchable && self.uffd.register(map.start, map.len(), RegisterMode::WP).is_ok()
     }
 }
@@ -100,43 +120,38 @@ impl Tracker for WpAsync {
             returned: Categories::WRITTEN,
             ..ScanRequest::default()
         };
-        let (mut dirty, mut populated, mut registered) = (Vec::new(), Vec::new(), Vec::new());
-        for map in maps.iter().filter(|map| is_staged(map)) {
-            let mut found = Vec::new();
+        let (mut dirty, mut gone, mut registered, mut watched) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        for map in maps.iter().filter(|map| is_watched(map)) {
             let range = RunSet::from_ranges(vec![(map.start, map.end)]);
-            let known = self.registered.intersect(&range) == range;
             let scan = |found: &mut Vec<_>| {
                 ioctl::pagemap_scan_all(self.pages.pagemap().as_fd(), map.start, map.end, &request, found).is_ok()
             };
+            let mut found = Vec::new();
             // A mapping that was made since the last look, or made again at the same place, is not ours yet.
-            let watched = known && scan(&mut found);
-            let mut own = Vec::new();
-            if !watched {
+            let known = self.registered.intersect(&range) == range && scan(&mut found);
+            let written = if known {
+                RunSet::from_ranges(found.iter().map(|region| (region.start, region.end)).collect())
+            } else {
+                let mut own = Vec::new();
                 self.pages.own(map.start, map.end, &mut own)?;
-                let bytes = own.iter().map(|run| run.bytes()).sum();
-                if self.register(map, bytes) && scan(&mut Vec::new()) {
+                if self.register(map, own.iter().map(|run| run.bytes()).sum()) && scan(&mut Vec::new()) {
                     registered.push((map.start, map.end));
                 }
-                // Written between the two looks above: read again after protection is on.
-                own.clear();
-            } else {
+                range
+            };
+            if known {
                 registered.push((map.start, map.end));
             }
-            self.pages.own(map.start, map.end, &mut own)?;
-            let own = RunSet::from_runs(&own);
-            if watched {
-                let written = RunSet::from_ranges(found.iter().map(|region| (region.start, region.end)).collect());
-                dirty.extend_from_slice(written.intersect(&own).ranges());
-            } else {
-                dirty.extend_from_slice(own.ranges());
-            }
-            populated.extend_from_slice(own.ranges());
+            // Asked only where something was written: the time does not grow with the memory that was not. After the
+            // protection is on, so that what is written in between is found again next time.
+            let own = self.populated_near(&written)?;
+            watched.push((map.start, map.end));
+            dirty.extend_from_slice(written.intersect(&own).ranges());
+            gone.extend_from_slice(written.subtract(&own).ranges());
         }
         self.registered = RunSet::from_ranges(registered);
-        Ok(Look {
-            dirty: RunSet::from_ranges(dirty),
-            populated: RunSet::from_ranges(populated),
-        })
+        let [dirty, gone, watched] = [dirty, gone, watched].map(RunSet::from_ranges);
+        Ok(Look { dirty, gone, watched })
     }
 
     fn name(&self) -> &'static str {

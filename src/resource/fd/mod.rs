@@ -127,6 +127,10 @@ pub struct Shared {
     pub extra: BTreeMap<u32, FileEntry>,
     /// First image id that no file has yet.
     pub next_id: u32,
+    /// The unix sockets of the network namespace.
+    pub unix: std::cell::OnceCell<crate::resource::sock::unix::Facts>,
+    /// What options of sockets are when nobody sets them.
+    pub socket_defaults: crate::resource::sock::options::Defaults,
     next_ghost: u32,
 }
 

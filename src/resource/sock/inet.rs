@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 
 use whimbrel_images::proto::{FdTypes, FileEntry, InetSkEntry, IpOptsEntry, SkOptsEntry, SkShutdown};
 
-use super::options::{self, RawOption, raw_options};
+use super::options::{self, Defaults, RawOption, raw_options};
 use crate::error::{Context, Error, Result};
 use crate::kernel::socket::{Identity, with_option};
 use crate::kernel::sys::{set_socket_option_int, socket_option_int};
@@ -237,11 +237,11 @@ fn words(ip: IpAddr) -> Vec<u32> {
 ///
 /// # Errors
 /// When an option cannot be read.
-pub fn dump(file: &OpenFile, id: u32, state: u32, own: &[RawOption]) -> Result<InetSkEntry> {
+pub fn dump(file: &OpenFile, id: u32, state: u32, own: &[RawOption], defaults: &mut Defaults) -> Result<InetSkEntry> {
     let socket = file.handle.as_fd();
     let identity = Identity::of(socket).context("ask for a socket's type")?;
     let ends = Ends::of(socket)?;
-    let mut opts = options::dump(socket, &tables(identity, own))?;
+    let mut opts = options::dump(socket, &tables(identity, own), defaults)?;
     resolve_multicast_interface(&mut opts, identity.family);
     let int = |level, name| socket_option_int(socket, level, name).ok();
     let scope = match (ends.local, ends.remote) {

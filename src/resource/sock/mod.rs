@@ -4,15 +4,18 @@
 //! |---|---|
 //! | [`tcp`] | TCP over IPv4 and IPv6 |
 //! | [`udp`] | UDP over IPv4 and IPv6 |
+//! | [`unix`] | unix sockets |
 //!
 //! [`options`] has what all sockets share, [`inet`] what TCP and UDP do.
 
 pub mod inet;
+pub mod names;
 pub mod options;
 pub mod tcp;
 #[cfg(test)]
 mod testing;
 pub mod udp;
+pub mod unix;
 
 use std::os::fd::BorrowedFd;
 

@@ -6,8 +6,10 @@
 //! On restore, options come in two parts: [`before`] binding and connecting, and [`after`] the queues are filled, when
 //! what would be in the way (small buffers, filters, exclusive addresses) is put in place.
 
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use whimbrel_images::proto::{SkOptsEntry, SkRawOption};
 
@@ -72,7 +74,7 @@ static COMMON: &[RawOption] = raw_options![
     SOL, 61, "SO_TXTIME", 8, Early;
     SOL, 69, "SO_PREFER_BUSY_POLL", 4, Preference;
     SOL, 75, "SO_RCVMARK", 4, Early;
-    SOL, 76, "SO_PASSPIDFD", 4, Early;
+    SOL, 76, "SO_PASSPIDFD", 4, Late;
     SOL, 82, "SO_RCVPRIORITY", 4, Early;
 ];
 
@@ -97,7 +99,7 @@ pub fn check(socket: BorrowedFd<'_>) -> Result<()> {
 ///
 /// # Errors
 /// When a common option cannot be read.
-pub fn dump(socket: BorrowedFd<'_>, tables: &[&[RawOption]]) -> Result<SkOptsEntry> {
+pub fn dump(socket: BorrowedFd<'_>, tables: &[&[RawOption]], defaults: &mut Defaults) -> Result<SkOptsEntry> {
     let required = |name: i32| {
         socket_option_int(socket, SOL, name).with(|| Error::new(format!("read socket option {name} of SOL_SOCKET")))
     };
@@ -135,24 +137,54 @@ pub fn dump(socket: BorrowedFd<'_>, tables: &[&[RawOption]]) -> Result<SkOptsEnt
         so_oobinline: int(libc::SO_OOBINLINE).map(|value| value as u32),
         so_linger: linger_time.filter(|_| linger_on),
         so_buf_lock: int(SO_BUF_LOCK).map(|value| value as u32),
-        raw: raw(socket, tables)?,
+        raw: raw(socket, tables, defaults)?,
         ..SkOptsEntry::default()
     })
 }
 
+/// Values of options that fresh sockets have, read once for each kind of socket: dumps happen while programs stand still.
+#[derive(Default)]
+pub struct Defaults(HashMap<Identity, Fresh>);
+
+struct Fresh {
+    socket: OwnedFd,
+    values: HashMap<(i32, i32), Option<Vec<u8>>>,
+}
+
+impl Defaults {
+    fn of(&mut self, identity: Identity) -> io::Result<&mut Fresh> {
+        Ok(match self.0.entry(identity) {
+            Entry::Occupied(fresh) => fresh.into_mut(),
+            Entry::Vacant(empty) => empty.insert(Fresh {
+                socket: identity.make()?,
+                values: HashMap::new(),
+            }),
+        })
+    }
+}
+
+fn read(socket: BorrowedFd<'_>, option: &RawOption) -> Option<Vec<u8>> {
+    socket_option(socket, option.level, option.name, option.length).ok()
+}
+
 /// The options of `tables`, and the common ones, whose values are not those of a fresh socket.
-fn raw(socket: BorrowedFd<'_>, tables: &[&[RawOption]]) -> Result<Vec<SkRawOption>> {
-    let fresh = Identity::of(socket)
-        .and_then(Identity::make)
+fn raw(socket: BorrowedFd<'_>, tables: &[&[RawOption]], defaults: &mut Defaults) -> Result<Vec<SkRawOption>> {
+    let Fresh { socket: fresh, values } = Identity::of(socket)
+        .and_then(|identity| defaults.of(identity))
         .context("make a socket to compare with")?;
     let mut found = Vec::new();
     for option in std::iter::once(&COMMON).chain(tables).copied().flatten() {
         if option.kind == RawKind::OfItsKind {
             continue;
         }
-        let read = |socket: BorrowedFd<'_>| socket_option(socket, option.level, option.name, option.length).ok();
-        let Some(value) = read(socket) else { continue };
-        if read(fresh.as_fd()).as_ref() == Some(&value) {
+        let default = values
+            .entry((option.level, option.name))
+            .or_insert_with(|| read(fresh.as_fd(), option));
+        // What a fresh socket does not have, none has.
+        let Some(value) = default.as_ref().and_then(|_| read(socket, option)) else {
+            continue;
+        };
+        if default.as_ref() == Some(&value) {
             continue;
         }
         let mut entry = SkRawOption {
@@ -171,7 +203,7 @@ fn raw(socket: BorrowedFd<'_>, tables: &[&[RawOption]]) -> Result<Vec<SkRawOptio
                     u32::from_ne_bytes(word)
                 }
             });
-            entry.device = Some(interface_name(&fresh, index)?);
+            entry.device = Some(interface_name(socket, index)?);
         }
         found.push(entry);
     }
@@ -246,8 +278,6 @@ pub fn before(socket: BorrowedFd<'_>, opts: &SkOptsEntry, tables: &[&[RawOption]
     set_changed(socket, libc::SO_NO_CHECK, "SO_NO_CHECK", flag(opts.so_no_check))?;
     set_changed(socket, libc::SO_BROADCAST, "SO_BROADCAST", flag(opts.so_broadcast))?;
     set_changed(socket, libc::SO_OOBINLINE, "SO_OOBINLINE", word(opts.so_oobinline))?;
-    set_changed(socket, libc::SO_PASSCRED, "SO_PASSCRED", flag(opts.so_passcred))?;
-    set_changed(socket, libc::SO_PASSSEC, "SO_PASSSEC", flag(opts.so_passsec))?;
     set_timeout(socket, libc::SO_SNDTIMEO, opts.so_snd_tmo_sec, opts.so_snd_tmo_usec)?;
     set_timeout(socket, libc::SO_RCVTIMEO, opts.so_rcv_tmo_sec, opts.so_rcv_tmo_usec)?;
     set_raw(socket, opts, tables, false)
@@ -259,6 +289,14 @@ pub fn before(socket: BorrowedFd<'_>, opts: &SkOptsEntry, tables: &[&[RawOption]
 /// When an option cannot be set, named.
 pub fn after(socket: BorrowedFd<'_>, opts: &SkOptsEntry, tables: &[&[RawOption]]) -> Result<()> {
     let word = |value: Option<u32>| value.map(|value| value as i32);
+    // A unix socket that wants credentials gets a name of its own as soon as it sends or connects: unix(7), autobind.
+    set_changed(
+        socket,
+        libc::SO_PASSCRED,
+        "SO_PASSCRED",
+        opts.so_passcred.map(i32::from),
+    )?;
+    set_changed(socket, libc::SO_PASSSEC, "SO_PASSSEC", opts.so_passsec.map(i32::from))?;
     set_changed(socket, libc::SO_PRIORITY, "SO_PRIORITY", word(opts.so_priority))?;
     set_changed(
         socket,
@@ -412,7 +450,7 @@ mod tests {
         let linger = [1u32.to_ne_bytes(), 5u32.to_ne_bytes()].concat();
         set_socket_option(fd, SOL, libc::SO_LINGER, &linger).unwrap();
         check(fd).unwrap();
-        let opts = dump(fd, &[]).unwrap();
+        let opts = dump(fd, &[], &mut Defaults::default()).unwrap();
         assert_eq!(opts.so_filter, [0x06 | 0xffff << 32]);
         assert_eq!((opts.so_linger, opts.so_rcvbuf), (Some(5), 18 << 20));
 
@@ -420,18 +458,21 @@ mod tests {
         before(target.as_fd(), &opts, &[]).unwrap();
         after(target.as_fd(), &opts, &[]).unwrap();
         reuse(target.as_fd(), &opts).unwrap();
-        assert_eq!(dump(target.as_fd(), &[]).unwrap(), opts);
+        assert_eq!(dump(target.as_fd(), &[], &mut Defaults::default()).unwrap(), opts);
     }
 
     #[test]
     fn a_fresh_socket_has_no_raw_options_and_its_buffers_stay_automatic() {
-        let opts = dump(udp().as_fd(), &[]).unwrap();
+        let opts = dump(udp().as_fd(), &[], &mut Defaults::default()).unwrap();
         assert_eq!(opts.raw, []);
         assert_eq!(opts.so_buf_lock, Some(0));
         let target = udp();
         after(target.as_fd(), &opts, &[]).unwrap();
         reuse(target.as_fd(), &opts).unwrap();
-        assert_eq!(dump(target.as_fd(), &[]).unwrap().so_buf_lock, Some(0));
+        assert_eq!(
+            dump(target.as_fd(), &[], &mut Defaults::default()).unwrap().so_buf_lock,
+            Some(0)
+        );
     }
 
     #[test]
@@ -439,12 +480,12 @@ mod tests {
         let source = udp();
         socket::attach_filter(source.as_fd(), &[0x06 | 0xffff << 32]).unwrap();
         set_socket_option_int(source.as_fd(), SOL, 44, 1).unwrap();
-        let opts = dump(source.as_fd(), &[]).unwrap();
+        let opts = dump(source.as_fd(), &[], &mut Defaults::default()).unwrap();
         let target = udp();
         before(target.as_fd(), &opts, &[]).unwrap();
         after(target.as_fd(), &opts, &[]).unwrap();
         reuse(target.as_fd(), &opts).unwrap();
-        assert_eq!(dump(target.as_fd(), &[]).unwrap(), opts);
+        assert_eq!(dump(target.as_fd(), &[], &mut Defaults::default()).unwrap(), opts);
         assert!(socket::attach_filter(target.as_fd(), &[0x06]).is_err());
     }
 }

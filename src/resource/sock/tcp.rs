@@ -168,7 +168,7 @@ impl FileKind for Tcp {
         } else {
             [OPTIONS, UNCONNECTED].concat()
         };
-        let mut entry = inet::dump(file, id, info.state, &own)?;
+        let mut entry = inet::dump(file, id, info.state, &own, &mut dump.shared.socket_defaults)?;
         let int = |name| socket_option_int(socket, TCP, name).ok();
         let flag = |name| int(name).filter(|&value| value != 0).map(|_| true);
         let word = |name| int(name).map(|value| value as u32);

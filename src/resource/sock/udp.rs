@@ -67,11 +67,11 @@ impl FileKind for Udp {
         Ok(())
     }
 
-    fn dump(&self, file: &OpenFile, id: u32, _dump: &mut FileDump<'_>) -> Result<FileEntry> {
+    fn dump(&self, file: &OpenFile, id: u32, dump: &mut FileDump<'_>) -> Result<FileEntry> {
         let socket = file.handle.as_fd();
         let connected = rustix::net::getpeername(socket).is_ok_and(|peer| peer.is_some());
         let state = if connected { state::ESTABLISHED } else { state::CLOSE };
-        let mut entry = inet::dump(file, id, state, OPTIONS)?;
+        let mut entry = inet::dump(file, id, state, OPTIONS, &mut dump.shared.socket_defaults)?;
         entry.shutdown = shutdown(socket)?.map(|how| how as i32);
         entry.opts.raw.extend(memberships(socket, entry.family as i32)?);
         // SO_MEMINFO: the first word is the memory of what is in the receive queue.
