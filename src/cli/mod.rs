@@ -6,6 +6,7 @@
 //! Every option of CRIU is either done or refused with the reason: those that are not built are rows in [`unbuilt`].
 
 mod arguments;
+mod cancel;
 mod check;
 mod compare;
 mod completions;
@@ -176,9 +177,9 @@ pub fn main(arguments: Vec<OsString>, started: Instant) -> ExitCode {
     } else {
         command()
     };
-    let parsed = arguments::prepare(arguments, as_criu, &command).and_then(|arguments| {
+    let parsed = arguments::prepare(arguments, as_criu, &command).map(|arguments| {
         let matches = command.try_get_matches_from(arguments);
-        Ok(matches.and_then(|matches| <Cli as clap::FromArgMatches>::from_arg_matches(&matches)))
+        matches.and_then(|matches| <Cli as clap::FromArgMatches>::from_arg_matches(&matches))
     });
     let cli = match parsed {
         Ok(Ok(cli)) => cli,
