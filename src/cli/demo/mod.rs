@@ -70,7 +70,7 @@ impl Stage {
     fn host(&mut self, name: &str, number: u8) -> Result<usize> {
         let failed = || Error::new("make a host out of namespaces").object(name.to_owned());
         let setup = format!(
-            "hostname {name} 2>/dev/null; echo 1000 > /proc/sys/kernel/ns_last_pid; exec 2>>{0}/{name}.log; . /dev/stdin",
+            "hostname {name} 2>/dev/null; echo {number}000 > /proc/sys/kernel/ns_last_pid; exec 2>>{0}/{name}.log; . /dev/stdin",
             self.directory.display()
         );
         let child = Command::new("unshare")
