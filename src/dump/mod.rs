@@ -4,6 +4,7 @@
 //! borrowed instructions. Inside the freeze it is only compared.
 
 pub mod collect;
+pub mod lazy;
 pub mod memory;
 pub mod runs;
 pub mod track;
