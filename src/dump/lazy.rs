@@ -11,6 +11,29 @@ use crate::kernel::sys;
 use crate::resource::mem::pages::Pages;
 use crate::tree::{TaskState, Tree};
 
+/// Pages of a frozen tree that may follow when it runs elsewhere, by task as images call it.
+///
+/// # Errors
+/// When a page table cannot be read.
+pub fn select(frozen: &FrozenTree) -> Result<Vec<(u32, RunSet)>> {
+    let mut all = Vec::new();
+    for memory in &frozen.collected.memory {
+        let (MemoryObject::Task(pid), Some(task)) = (memory.object, frozen.collected.task_of(memory.object)) else {
+            continue;
+        };
+        let pages = Pages::open(memory.pid)?;
+        let mut own = Vec::new();
+        for &(start, end) in crate::restore::lazy::candidates(task).ranges() {
+            pages.own(start, end, &mut own)?;
+        }
+        let set = RunSet::from_runs(&own);
+        if !set.is_empty() {
+            all.push((pid, set));
+        }
+    }
+    Ok(all)
+}
+
 /// Pages of a frozen tree, for a destination that asks. Of others it knows nothing.
 pub struct FrozenPages {
     tasks: HashMap<u32, (Pages, RunSet)>,
