@@ -79,7 +79,8 @@ libc.mremap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctype
 libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 seed = os.urandom(32)
-def page(n): return hashlib.sha256(seed + n.to_bytes(4, 'little')).digest() * (PAGE // 32)
+version = 0
+def page(n): return hashlib.sha256(seed + bytes([version if n < 512 else 0]) + n.to_bytes(4, 'little')).digest() * (PAGE // 32)
 area = libc.mmap(None, SIZE, 3, 0x22, -1, 0)
 for n in range(SIZE // PAGE):
     if n % 16 != 15: ctypes.memmove(area + n * PAGE, page(n), PAGE)
@@ -120,7 +121,8 @@ def grow():
     area = moved
     return check(area, 0, SIZE // PAGE) + (ctypes.string_at(area + SIZE, 8 << 20) != bytes(8 << 20))
 def change():
-    global seed
+    global version
+    version += 1
     for n in range(0, 512):
         if n % 16 != 15: ctypes.memmove(area + n * PAGE, page(n), PAGE)
     return 0
@@ -235,6 +237,8 @@ impl Victim {
     fn dump(&self, more: &[&str]) {
         let (pid, images) = (self.pid.to_string(), self.show("images"));
         good(&self.whimbrel(&[&["dump", "-t", &pid, "-D", &images], more].concat()));
+        // Whoever is its parent by now must take note of its end.
+        until("the pid is free again", || !self.is_there());
     }
 
     /// A daemon that serves from the images.
@@ -253,7 +257,9 @@ impl Victim {
     fn is_clean(&self) {
         let entries = std::fs::read_dir(format!("/proc/{}/fd", self.pid)).unwrap();
         let links = entries.map(|entry| std::fs::read_link(entry.unwrap().path()).unwrap_or_default());
-        let left = links.filter(|link| link.to_string_lossy().contains("userfaultfd")).count();
+        let left = links
+            .filter(|link| link.to_string_lossy().contains("userfaultfd"))
+            .count();
         assert_eq!(left, 0, "a userfaultfd is left in the program");
     }
 }
@@ -357,29 +363,6 @@ fn a_mapping_can_be_moved_as_a_whole_while_it_lacks_pages() {
     daemon.ends_well("the daemon ends when all is there");
 }
 
-#[test]
-fn when_the_daemon_dies_the_program_waits_and_reads_no_zeros() {
-    if !is_root() {
-        return;
-    }
-    let victim = Victim::start();
-    victim.dump(&[]);
-    let mut daemon = victim.daemon();
-    // It dies the moment it has the tree, long before all is there.
-    let images = victim.show("images");
-    let mut restore = victim.start_server("there.log", &["restore", "-d", "-D", &images, "--lazy-pages"]);
-    until("the tree is handed over", || victim.log("daemon.log").contains("Serving the memory"));
-    daemon.0.kill().unwrap();
-    daemon.0.wait().unwrap();
-    restore.ends_well("the restore is done");
-    let maps = std::fs::read_to_string(format!("/proc/{}/smaps", victim.pid)).unwrap();
-    assert!(maps.contains(" um"), "nothing was missing any more: the test proves nothing");
-    victim.ask(1, "whole");
-    std::thread::sleep(Duration::from_secs(2));
-    assert_eq!(victim.answer(1), None, "it went on without its memory");
-    assert!(victim.is_there(), "it waits, it does not crash");
-}
-
 /// Another "host": a pid namespace of its own, in which the pids of the victim are free.
 struct There {
     root: Running,
@@ -419,10 +402,35 @@ impl There {
 
     fn daemon(&self, victim: &Victim, port: u16) -> Running {
         let (images, port) = (victim.show("images"), port.to_string());
-        let arguments = ["lazy-pages", "-v4", "-D", &images, "--page-server", "--address", "127.0.0.1"];
+        let arguments = [
+            "lazy-pages",
+            "-v4",
+            "-D",
+            &images,
+            "--page-server",
+            "--address",
+            "127.0.0.1",
+        ];
         let daemon = self.start(victim, "daemon.log", &[&arguments[..], &["--port", &port]].concat());
-        until("the daemon's socket", || victim.path("images/lazy-pages.socket").exists());
+        until("the daemon's socket", || {
+            victim.path("images/lazy-pages.socket").exists()
+        });
         daemon
+    }
+
+    /// The victim in that namespace, by its pid in ours.
+    fn pid_of(&self, victim: &Victim) -> i32 {
+        let ours = |pid: &i32| {
+            let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+            let line = status.lines().find_map(|line| line.strip_prefix("NSpid:"));
+            line.is_some_and(|line| {
+                let ids: Vec<&str> = line.split_whitespace().collect();
+                ids.len() == 2 && ids[1] == victim.pid.to_string()
+            })
+        };
+        let pids = std::fs::read_dir("/proc").unwrap();
+        let mut pids = pids.filter_map(|entry| entry.unwrap().file_name().to_str()?.parse::<i32>().ok());
+        pids.find(ours).expect("it runs there")
     }
 
     fn restore(&self, victim: &Victim) {
@@ -450,7 +458,17 @@ impl Victim {
     /// A dump that keeps the memory and waits to be asked for it.
     fn lazy_dump(&self, port: u16, more: &[&str]) -> Running {
         let (pid, images, port) = (self.pid.to_string(), self.show("images"), port.to_string());
-        let arguments = ["dump", "-v4", "-t", &pid, "-D", &images, "--lazy-pages", "--address", "127.0.0.1"];
+        let arguments = [
+            "dump",
+            "-v4",
+            "-t",
+            &pid,
+            "-D",
+            &images,
+            "--lazy-pages",
+            "--address",
+            "127.0.0.1",
+        ];
         let dump = self.start_server("dump.log", &[&arguments[..], &["--port", &port], more].concat());
         until("the dump listens", || self.log("dump.log").contains("listens on"));
         dump
@@ -458,7 +476,13 @@ impl Victim {
 
     fn state(&self) -> String {
         let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid)).unwrap_or_default();
-        stat.rsplit(')').next().unwrap_or("").trim_start().chars().take(1).collect()
+        stat.rsplit(')')
+            .next()
+            .unwrap_or("")
+            .trim_start()
+            .chars()
+            .take(1)
+            .collect()
     }
 }
 
@@ -479,7 +503,11 @@ fn memory_follows_from_the_dump_on_another_host_which_then_ends_the_tree_there()
     // Restoring without asking anybody must not make zeros of what is missing.
     let images = victim.show("images");
     let output = victim.whimbrel(&["restore", "-d", "-D", &images]);
-    assert!(text(&output.stderr).contains("use --lazy-pages"), "{}", text(&output.stderr));
+    assert!(
+        text(&output.stderr).contains("use --lazy-pages"),
+        "{}",
+        text(&output.stderr)
+    );
 
     let mut daemon = there.daemon(&victim, port);
     there.restore(&victim);
@@ -509,7 +537,12 @@ fn what_a_pre_dump_has_does_not_follow() {
     dump.ends_well("the dump ends when all was fetched");
     let log = victim.log("dump.log");
     let pages = log.split("\"pages_lazy\":").nth(1).unwrap_or("");
-    let pages: u64 = pages.split(|c: char| !c.is_ascii_digit()).next().unwrap().parse().unwrap();
+    let pages: u64 = pages
+        .split(|c: char| !c.is_ascii_digit())
+        .next()
+        .unwrap()
+        .parse()
+        .unwrap();
     assert!((400..4000).contains(&pages), "{pages} pages followed");
 }
 
@@ -542,7 +575,9 @@ fn when_the_dump_dies_the_restored_program_waits_and_the_old_copy_stays_stopped(
     let images = victim.show("images");
     let arguments = ["restore", "-d", "-D", &images, "--lazy-pages"];
     let mut restore = there.start(&victim, "there.log", &arguments);
-    until("the tree runs there", || victim.log("dump.log").contains("The tree runs elsewhere"));
+    until("the tree runs there", || {
+        victim.log("dump.log").contains("The tree runs elsewhere")
+    });
     dump.0.kill().unwrap();
     dump.0.wait().unwrap();
     restore.ends_well("the restore is done");
@@ -562,18 +597,41 @@ fn a_lost_link_leaves_the_program_waiting_and_all_goes_on_when_it_is_back() {
     let (victim, there, port) = (Victim::start(), There::new(), free_port());
     let mut dump = victim.lazy_dump(port, &[]);
     let mut daemon = there.daemon(&victim, port);
-    let images = victim.show("images");
-    let arguments = ["restore", "-d", "-D", &images, "--lazy-pages"];
-    let mut restore = there.start(&victim, "there.log", &arguments);
-    until("the tree runs there", || victim.log("dump.log").contains("The tree runs elsewhere"));
+    // From now on nobody answers.
     whimbrel::kernel::sys::kill(dump.0.id() as i32, libc::SIGSTOP).unwrap();
+    there.restore(&victim);
     victim.ask(1, "whole");
     until("the loss is noted", || victim.log("daemon.log").contains("is lost"));
     assert_eq!(victim.answer(1), None, "it went on without its memory");
     whimbrel::kernel::sys::kill(dump.0.id() as i32, libc::SIGCONT).unwrap();
-    restore.ends_well("the restore is done");
     victim.is_right(1, "whole");
     daemon.ends_well("the daemon ends when all is there");
     dump.ends_well("the dump ends when all was fetched");
     assert!(!victim.is_there());
+}
+
+#[test]
+fn when_the_daemon_dies_the_program_waits_and_reads_no_zeros() {
+    if !is_root() {
+        return;
+    }
+    let (victim, there, port) = (Victim::start(), There::new(), free_port());
+    let dump = victim.lazy_dump(port, &[]);
+    let mut daemon = there.daemon(&victim, port);
+    // Nobody answers, so that nearly all is missing when the daemon dies.
+    whimbrel::kernel::sys::kill(dump.0.id() as i32, libc::SIGSTOP).unwrap();
+    there.restore(&victim);
+    victim.ask(1, "whole");
+    daemon.0.kill().unwrap();
+    daemon.0.wait().unwrap();
+    let restored = there.pid_of(&victim);
+    std::thread::sleep(Duration::from_secs(2));
+    assert_eq!(victim.answer(1), None, "it went on without its memory");
+    let maps = std::fs::read_to_string(format!("/proc/{restored}/smaps")).unwrap();
+    let watched = maps
+        .lines()
+        .filter(|line| line.starts_with("VmFlags") && line.contains(" um"));
+    assert!(watched.count() > 0, "nobody holds its missing pages");
+    let stat = std::fs::read_to_string(format!("/proc/{restored}/stat")).unwrap();
+    assert!(!stat.contains(") Z"), "it waits, it does not crash");
 }

@@ -168,7 +168,8 @@ impl Remote {
         let name = server.address.clone();
         let (endpoint, link) = runtime
             .block_on(async {
-                let endpoint = Endpoint::bind(server.any_address(address), &credentials, transport::Options::default())?;
+                let endpoint =
+                    Endpoint::bind(server.any_address(address), &credentials, transport::Options::default())?;
                 let link = call(&endpoint, address, name.as_deref(), request).await?;
                 Ok::<_, transport::Error>((endpoint, link))
             })
@@ -217,9 +218,5 @@ async fn call(
     name: Option<&str>,
     request: SessionRequest,
 ) -> Result<FaultLink, transport::Error> {
-    endpoint
-        .connect_named(address, name)
-        .await?
-        .open_faults(request)
-        .await
+    endpoint.connect_named(address, name).await?.open_faults(request).await
 }

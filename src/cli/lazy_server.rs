@@ -67,12 +67,7 @@ impl Server {
     ///
     /// # Errors
     /// Before the first page was given: the tree goes on here.
-    pub fn serve(
-        self,
-        frozen: &FrozenTree,
-        later: &[(u32, RunSet)],
-        decided: &mut dyn FnMut(),
-    ) -> Result<()> {
+    pub fn serve(self, frozen: &FrozenTree, later: &[(u32, RunSet)], decided: &mut dyn FnMut()) -> Result<()> {
         let (tell, told) = channel();
         let pages = Arc::new(FrozenPages::open(frozen, later)?);
         let endpoint = self.endpoint.clone();
@@ -181,9 +176,7 @@ impl Asked {
         }
         let (answer, answered) = channel();
         let gone = || IoError::other("the dump has ended");
-        self.tell
-            .send(Told::Asks(self.session, answer))
-            .map_err(|_| gone())?;
+        self.tell.send(Told::Asks(self.session, answer)).map_err(|_| gone())?;
         let may = answered.recv().map_err(|_| gone())?;
         *granted = Some(may);
         Ok(may)

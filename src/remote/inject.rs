@@ -509,7 +509,11 @@ impl StubProcess {
 /// When the process cannot be traced or entered, or has no such descriptor.
 pub fn close_descriptor(pid: i32, descriptor: i32, still: &dyn Fn() -> bool) -> Result<()> {
     let failed = |error: Error| error.task(pid).object(format!("fd {descriptor}"));
-    let died = || Error::new("close a descriptor").task(pid).because("the task died meanwhile");
+    let died = || {
+        Error::new("close a descriptor")
+            .task(pid)
+            .because("the task died meanwhile")
+    };
     let maps = maps::parse(&crate::procfs::read(pid, "maps")?)?;
     let gadgets = Gadgets::find(pid, &maps, &mut GadgetCache::default())?;
     let (leader, group_stop) = super::tracee::seize(pid, false)?.stop()?.map_err(|_| died())?;

@@ -57,10 +57,7 @@ pub fn select(image: &TreeImage, pages: &PageStore) -> HashMap<u32, RunSet> {
     let of = |task: &TaskImage| {
         let runs = pages.runs(MemoryObject::Task(task.entry.pid)).unwrap_or_default();
         let runs: Vec<PageRun> = runs.iter().map(|resolved| resolved.run).collect();
-        (
-            task.entry.pid,
-            RunSet::from_runs(&runs).intersect(&candidates(task)),
-        )
+        (task.entry.pid, RunSet::from_runs(&runs).intersect(&candidates(task)))
     };
     living.map(of).filter(|(_, set)| !set.is_empty()).collect()
 }
@@ -81,7 +78,9 @@ pub fn check_present(pages: &PageStore, lazy: &HashMap<u32, RunSet>) -> Result<(
             set = set.subtract(follows);
         }
         if let Some(&(start, _)) = set.ranges().first() {
-            let on_demand = absent.iter().any(|(run, lazy)| *lazy && (run.start..run.end()).contains(&start));
+            let on_demand = absent
+                .iter()
+                .any(|(run, lazy)| *lazy && (run.start..run.end()).contains(&start));
             let failed = Error::new("read images").object(format!("{object:?}, page {start:#x}"));
             return Err(match on_demand {
                 true => failed
@@ -178,11 +177,8 @@ impl Watch {
                 self.uffd
                     .register(start, end - start, RegisterMode::MISSING)
                     .with(failed)?;
-                let mut range = LazyRange::anonymous(
-                    MemoryObject::Task(self.pid),
-                    start,
-                    (end - start) / PAGE_SIZE as u64,
-                );
+                let mut range =
+                    LazyRange::anonymous(MemoryObject::Task(self.pid), start, (end - start) / PAGE_SIZE as u64);
                 range.flags = flags_of(vma);
                 ranges.push(range);
             }

@@ -564,11 +564,7 @@ pub type Watched<'a> = (Watch, &'a TaskImage, RunSet);
 ///
 /// # Errors
 /// When one cannot be made.
-pub fn watch_all<'a>(
-    build: &mut Build,
-    image: &'a TreeImage,
-    lazy: &HashMap<u32, RunSet>,
-) -> Result<Vec<Watched<'a>>> {
+pub fn watch_all<'a>(build: &mut Build, image: &'a TreeImage, lazy: &HashMap<u32, RunSet>) -> Result<Vec<Watched<'a>>> {
     let mut watches = Vec::new();
     for task in image.tasks.iter().filter(|task| !task.is_zombie()) {
         if let Some(missing) = lazy.get(&task.entry.pid).filter(|missing| !missing.is_empty()) {
