@@ -425,7 +425,7 @@ impl Migration<'_> {
         let started = Instant::now();
         let lazy = send_last(&mut looked, &frozen, sender, follow)?;
         let tasks = frozen.collected.tasks.clone();
-        let inventory = TreeImage::new_inventory(&tasks.first().map(|task| task.ids.clone()).unwrap_or_default());
+        let inventory = TreeImage::new_inventory(&tasks.first().map(|task| task.ids).unwrap_or_default());
         TreeImage {
             inventory,
             tasks,

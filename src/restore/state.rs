@@ -603,12 +603,15 @@ fn vdso_contents(task: &TaskImage, pages: &PageStore) -> Result<Option<Vec<u8>>>
     Ok(states.contains(&PageState::Data).then_some(code))
 }
 
+/// Bytes to be written over a task's own vdso, by address.
+type Patches = (u32, Vec<(u64, Vec<u8>)>);
+
 /// Writes the contents of all memory, in as many threads as there are processors.
 fn fill(
     sink: &MemorySink,
     pages: &PageStore,
     image: &TreeImage,
-    patches: &[(u32, Vec<(u64, Vec<u8>)>)],
+    patches: &[Patches],
     lazy: &HashMap<u32, RunSet>,
 ) -> Result<()> {
     use std::os::unix::fs::FileExt;
