@@ -120,6 +120,14 @@ def grow():
     assert moved not in (None, 2**64 - 1), ctypes.get_errno()
     area = moved
     return check(area, 0, SIZE // PAGE) + (ctypes.string_at(area + SIZE, 8 << 20) != bytes(8 << 20))
+def fork_and_look():
+    child = os.fork()
+    if child == 0:
+        bad = check(area, 0, SIZE // PAGE)
+        open(base + '/child', 'w').write(str(bad))
+        os._exit(0)
+    os.waitpid(child, 0)
+    return 0
 def change():
     global version
     version += 1
@@ -346,8 +354,6 @@ fn fork_and_changes_of_the_address_space_while_memory_follows_keep_every_page_ri
     victim.restore();
     victim.is_right(1, "fork_and_change");
     daemon.ends_well("the daemon ends when all is there");
-    let log = victim.log("daemon.log");
-    assert!(log.contains("keeps its own userfaultfd"), "{log}");
     victim.is_clean();
 }
 
@@ -636,4 +642,38 @@ fn when_the_daemon_dies_the_program_waits_and_reads_no_zeros() {
     assert!(watched.count() > 0, "nobody holds its missing pages");
     let stat = std::fs::read_to_string(format!("/proc/{restored}/stat")).unwrap();
     assert!(!stat.contains(") Z"), "it waits, it does not crash");
+}
+
+#[test]
+fn a_child_that_was_forked_while_memory_follows_waits_too_when_the_daemon_dies() {
+    if !is_root() {
+        return;
+    }
+    let (victim, there, port) = (Victim::start(), There::new(), free_port());
+    let dump = victim.lazy_dump(port, &[]);
+    victim.ask(1, "fork_and_look");
+    let mut daemon = there.daemon(&victim, port);
+    let server = dump.0.id() as i32;
+    whimbrel::kernel::sys::kill(server, libc::SIGSTOP).unwrap();
+    there.restore(&victim);
+    // Memory comes in drops, until there is a child that has a guard.
+    until("the forked child has a guard", || {
+        let log = victim.log("daemon.log");
+        assert!(
+            !log.contains("All memory is there"),
+            "it came too fast: the test proves nothing"
+        );
+        if log.contains("keeps its own userfaultfd") {
+            return true;
+        }
+        whimbrel::kernel::sys::kill(server, libc::SIGCONT).unwrap();
+        std::thread::sleep(Duration::from_millis(2));
+        whimbrel::kernel::sys::kill(server, libc::SIGSTOP).unwrap();
+        false
+    });
+    daemon.0.kill().unwrap();
+    daemon.0.wait().unwrap();
+    std::thread::sleep(Duration::from_secs(2));
+    assert!(!victim.path("child").exists(), "the child went on without its memory");
+    assert_eq!(victim.answer(1), None);
 }
