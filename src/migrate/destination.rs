@@ -164,7 +164,7 @@ fn serve(
     }
     let image = TreeImage::load(&store)?;
     // The address must be here before sockets can be bound to it; it is announced when the tree runs.
-    let address = moved.as_ref().map(|moved| address::Added::add(moved)).transpose()?;
+    let address = moved.as_ref().map(address::Added::add).transpose()?;
     let mut put = put_together(build, &sink, &image, &store, &restore_options, &last)?;
     put.ready.arm()?;
     send(

@@ -59,7 +59,10 @@ pub struct Options {
 
 /// What is called at named moments: `network-lock`, `pre-resume` and so on.
 #[derive(Clone, Default)]
-pub struct Hooks(pub Option<Arc<dyn Fn(&str) -> Result<()> + Send + Sync>>);
+pub struct Hooks(pub Option<Hook>);
+
+/// A function of the moment's name.
+pub type Hook = Arc<dyn Fn(&str) -> Result<()> + Send + Sync>;
 
 impl std::fmt::Debug for Hooks {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -424,7 +427,7 @@ impl Migration<'_> {
         let started = Instant::now();
         let lazy = send_last(&mut looked, &frozen, sender, follow)?;
         let tasks = frozen.collected.tasks.clone();
-        let inventory = TreeImage::new_inventory(&tasks.first().map(|task| task.ids.clone()).unwrap_or_default());
+        let inventory = TreeImage::new_inventory(&tasks.first().map(|task| task.ids).unwrap_or_default());
         TreeImage {
             inventory,
             tasks,

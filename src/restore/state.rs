@@ -18,6 +18,9 @@ use crate::resource::mem::{bounds, mapping, mapping::status};
 use crate::resource::{Installing, Stage, TASK_KINDS};
 use crate::tree::{TaskImage, TreeImage, task_state};
 
+/// Bytes to write over a task's own vdso, by address.
+type Patches = Vec<(u64, Vec<u8>)>;
+
 /// A tree that is whole and waits for its last step.
 pub struct Ready<'a> {
     build: Build,
@@ -574,7 +577,7 @@ fn fill(
     sink: &MemorySink,
     pages: &whimbrel_images::chain::PageStore,
     image: &TreeImage,
-    patches: &[(u32, Vec<(u64, Vec<u8>)>)],
+    patches: &[(u32, Patches)],
 ) -> Result<()> {
     use std::os::unix::fs::FileExt;
     use whimbrel_images::page::{MemoryObject, PAGE_SIZE, PageRun, PageSink};
