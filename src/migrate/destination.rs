@@ -18,6 +18,7 @@ use super::wire::{self, Begin, Body, Failed, Final, Finished, Prepared, Ready, R
 use crate::dump::runs::RunSet;
 use crate::error::{Context, Error, Result};
 use crate::kernel::address::{self, MovedAddress};
+use crate::kernel::nft::NetworkLock;
 use crate::kernel::sys;
 use crate::remote::Program;
 use crate::resource::fd::FileRestore;
@@ -171,6 +172,8 @@ fn serve(
         store.insert(&name, bytes.to_vec()).context("take an image")?;
     }
     let image = TreeImage::load(&store)?;
+    // A packet that comes before its socket would be answered with a reset.
+    let lock = lock_connections(&image)?;
     // The address must be here before sockets can be bound to it; it is announced when the tree runs.
     let address = moved.as_ref().map(address::Added::add).transpose()?;
     let mut put = put_together(build, &sink, &image, &store, &restore_options, &last)?;
@@ -195,6 +198,7 @@ fn serve(
     let committed = Instant::now();
     let pid = put.ready.root_pid().unwrap_or_default();
     registry.committed(pid)?;
+    drop(lock);
     let ran = put.ready.go()?;
     registry.running(pid);
     if let Some(address) = address {
@@ -222,6 +226,20 @@ fn serve(
     session.close_blocking().ok();
     let _ = pump.finished_blocking();
     Ok(Outcome::Running { pid })
+}
+
+/// Keeps packets of the tree's connections away until its sockets are there.
+fn lock_connections(image: &TreeImage) -> Result<Option<NetworkLock>> {
+    let mut connections = Vec::new();
+    for entry in image.files.values() {
+        connections.extend(crate::resource::fd::kind_of(entry)?.connection_of(entry)?);
+    }
+    if connections.is_empty() {
+        return Ok(None);
+    }
+    let mut lock = NetworkLock::new_in_current_netns().context("lock the network")?;
+    lock.lock(&connections).context("lock the network")?;
+    Ok(Some(lock))
 }
 
 /// Every reason why this tree cannot run here, as far as it can be told without making anything.

@@ -474,7 +474,12 @@ fn set_registers(puppet: &Puppet, core: &CoreEntry) -> Result<()> {
         .ok_or_else(|| Error::new("restore registers").because("the image has none for this architecture"))?;
     let stopped = puppet.stopped()?;
     let (registers, xstate) = arch::from_image(info, &stopped.xstate()?)?;
-    stopped.set_registers(&registers.for_restore())?;
+    let queues = [
+        core.thread_core.as_ref().and_then(|thread| thread.signals_p.as_ref()),
+        core.tc.as_ref().and_then(|task| task.signals_s.as_ref()),
+    ];
+    let pending = queues.into_iter().flatten().any(|queue| !queue.signals.is_empty());
+    stopped.set_registers(&registers.for_restore(pending))?;
     stopped.set_xstate(&xstate)?;
     let mask = core.thread_core.as_ref().and_then(|thread| thread.blk_sigset);
     stopped.set_signal_mask(mask.or_else(|| core.tc.as_ref().map(|tc| tc.blk_sigset)).unwrap_or(0))
