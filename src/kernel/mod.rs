@@ -12,8 +12,8 @@
 pub mod address;
 pub mod features;
 pub mod files;
-pub mod mm;
 pub mod message;
+pub mod mm;
 mod netlink;
 pub mod nft;
 pub mod sock_diag;

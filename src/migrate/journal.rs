@@ -88,7 +88,11 @@ mod tests {
     fn a_decision_is_kept_until_its_outcome_is_known() {
         let directory = tempfile::tempdir().unwrap();
         let journal = Journal::open(&directory.path().join("run")).unwrap();
-        let decision = Decision { session: "ab".into(), destination: "h:1".into(), tasks: vec![(7, 9)] };
+        let decision = Decision {
+            session: "ab".into(),
+            destination: "h:1".into(),
+            tasks: vec![(7, 9)],
+        };
         assert_eq!(journal.read(7).unwrap(), None);
         journal.write(7, &decision).unwrap();
         assert_eq!(journal.read(7).unwrap(), Some(decision));

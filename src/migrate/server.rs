@@ -35,12 +35,21 @@ impl Migrations {
     /// What is known of a session. One that is unknown never ran here.
     pub fn answer(&self, session: &str) -> Answer {
         let states = self.lock();
-        states.get(session).map_or(Answer::default(), |state| Answer { running: state.running, waiting: state.waiting })
+        states.get(session).map_or(Answer::default(), |state| Answer {
+            running: state.running,
+            waiting: state.waiting,
+        })
     }
 
     fn begin(&self, session: &str) -> Receiver<FaultLink> {
         let (sender, receiver) = channel();
-        self.lock().insert(session.to_owned(), State { faults: Some(sender), ..State::default() });
+        self.lock().insert(
+            session.to_owned(),
+            State {
+                faults: Some(sender),
+                ..State::default()
+            },
+        );
         let mut order = self.order.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         order.push(session.to_owned());
         if order.len() > REMEMBERED {
@@ -111,7 +120,14 @@ async fn take(incoming: Incoming, all: &Arc<Migrations>, options: &Options, obse
                 Err(error) => return observer.note(&format!("a session failed: {}", chain(&error))),
             };
             let faults = all.begin(&id);
-            let (one, options, observer) = (One { all: all.clone(), session: id.clone() }, options.clone(), observer.clone());
+            let (one, options, observer) = (
+                One {
+                    all: all.clone(),
+                    session: id.clone(),
+                },
+                options.clone(),
+                observer.clone(),
+            );
             let body = move || {
                 let result = destination::run(&session, &faults, &options, &one, &*observer);
                 one.all.end(&id);
@@ -127,7 +143,14 @@ async fn take(incoming: Incoming, all: &Arc<Migrations>, options: &Options, obse
             Ok(link) => all.link(&id, link),
             Err(error) => observer.note(&format!("a connection failed: {}", chain(&error))),
         },
-        _ => incoming.refuse(RefusalCode::Role, "this host takes migrations; for pages use `whimbrel page-server`").await,
+        _ => {
+            incoming
+                .refuse(
+                    RefusalCode::Role,
+                    "this host takes migrations; for pages use `whimbrel page-server`",
+                )
+                .await
+        }
     }
 }
 

@@ -102,11 +102,22 @@ pub fn run(runtime: &Runtime, endpoint: &Endpoint, options: &Options, observer: 
     recover(runtime, endpoint, options)?;
     observer.phase(Phase::Preflight);
     let looked = Looked::look(options)?;
-    let request = SessionRequest { role: Role::Migrate, session_id: SessionId::random() };
+    let request = SessionRequest {
+        role: Role::Migrate,
+        session_id: SessionId::random(),
+    };
     let session = runtime
         .block_on(async { endpoint.connect(options.destination).await?.open(request).await })
         .with(|| Error::new("connect to the destination").object(options.destination.to_string()))?;
-    let mut migration = Migration { runtime, endpoint, options, observer, session, request, report: Report::default() };
+    let mut migration = Migration {
+        runtime,
+        endpoint,
+        options,
+        observer,
+        session,
+        request,
+        report: Report::default(),
+    };
     let result = migration.run(looked);
     match &result {
         Ok(_) => migration.report.total_ms = ms(started.elapsed()),
@@ -141,7 +152,10 @@ struct LookedTask {
 impl Looked {
     fn look(options: &Options) -> Result<Looked> {
         let mut cache = GadgetCache::default();
-        let mut looked = Looked { tasks: Vec::new(), begin: Begin::default() };
+        let mut looked = Looked {
+            tasks: Vec::new(),
+            begin: Begin::default(),
+        };
         let begin = &mut looked.begin;
         begin.dry_run = options.dry_run;
         begin.tcp_established = options.dump.tcp_established;
@@ -164,7 +178,10 @@ impl Looked {
                 threads: Vec::new(),
             };
             let zombie = matches!(stat.state, b'Z' | b'X');
-            let mut shape = TaskShape { zombie, ..TaskShape::default() };
+            let mut shape = TaskShape {
+                zombie,
+                ..TaskShape::default()
+            };
             let number = entry.pid;
             shape.entry = Some(entry);
             if pid == options.pid {
@@ -191,7 +208,9 @@ impl Looked {
                 match track::start(task.pid, &mut cache) {
                     Ok(tracker) => task.tracker = Some(tracker),
                     // Without a tracker all of it is sent in the freeze: slower, not wrong.
-                    Err(error) => tracing::warn!(error = error.chain(), "memory is not watched: no rounds for this task"),
+                    Err(error) => {
+                        tracing::warn!(error = error.chain(), "memory is not watched: no rounds for this task")
+                    }
                 }
             }
         }
@@ -200,12 +219,17 @@ impl Looked {
 }
 
 fn read_ids(pid: i32) -> Result<(procfs::stat::Stat, procfs::status::Status)> {
-    Ok((procfs::stat::parse(&procfs::read(pid, "stat")?)?, procfs::status::parse(&procfs::read(pid, "status")?)?))
+    Ok((
+        procfs::stat::parse(&procfs::read(pid, "stat")?)?,
+        procfs::status::parse(&procfs::read(pid, "status")?)?,
+    ))
 }
 
 /// Pages that the destination holds and that read as zeros now, or are mapped no more.
 fn vanished(task: &LookedTask, look: &track::Look) -> RunSet {
-    task.sent.intersect(&look.gone).union(&task.sent.subtract(&look.watched))
+    task.sent
+        .intersect(&look.gone)
+        .union(&task.sent.subtract(&look.watched))
 }
 
 /// Mappings of a task, what they need of the other host, and whether all of them can be carried.
@@ -218,7 +242,8 @@ fn describe_memory(
     files: &mut HashMap<String, NeededFile>,
 ) -> Result<()> {
     for map in maps {
-        let (vma, backing) = mapping::describe(map, (stat.start_brk, stat.start_brk)).map_err(|error| error.task(pid))?;
+        let (vma, backing) =
+            mapping::describe(map, (stat.start_brk, stat.start_brk)).map_err(|error| error.task(pid))?;
         if track::is_staged(map) {
             shape.staged.push(shape.vmas.len() as u32);
         }
@@ -279,8 +304,14 @@ impl Migration<'_> {
             return Ok(Outcome::Looked(blockers));
         }
         if let Some(first) = blockers.first() {
-            let all = if blockers.len() == 1 { first.clone() } else { blockers.join("; and ") };
-            return Err(Error::new("migrate").task(self.options.pid).because(format!("the destination cannot take it: {all}")));
+            let all = if blockers.len() == 1 {
+                first.clone()
+            } else {
+                blockers.join("; and ")
+            };
+            return Err(Error::new("migrate")
+                .task(self.options.pid)
+                .because(format!("the destination cannot take it: {all}")));
         }
         let sender = self.session.page_sender();
         let follow = self.rounds(&mut looked, &sender)?;
@@ -289,20 +320,28 @@ impl Migration<'_> {
     }
 
     fn send(&self, body: Body) -> Result<()> {
-        self.session.send_message_blocking(wire::encode(body)).context("tell the destination")
+        self.session
+            .send_message_blocking(wire::encode(body))
+            .context("tell the destination")
     }
 
     fn receive(&self, what: &str) -> Result<Body> {
         let message = self.session.recv_message_blocking().context(what)?;
         let message = message.ok_or_else(|| Error::new(what).because("the destination ended the session"))?;
         match wire::decode(&message)? {
-            Body::Failed(failed) => Err(Error::new("migrate").because(format!("the destination failed: {}", failed.reason))),
+            Body::Failed(failed) => {
+                Err(Error::new("migrate").because(format!("the destination failed: {}", failed.reason)))
+            }
             body => Ok(body),
         }
     }
 
     fn check_cancelled(&self) -> Result<()> {
-        if self.observer.cancelled() { Err(Error::new("migrate").because("cancelled")) } else { Ok(()) }
+        if self.observer.cancelled() {
+            Err(Error::new("migrate").because("cancelled"))
+        } else {
+            Ok(())
+        }
     }
 
     /// Pre-copy; tells whether the rest is to follow on demand.
@@ -332,15 +371,26 @@ impl Migration<'_> {
             self.observer.round(number, &round);
             self.report.rounds.push(round);
             let sent_pages = stats.pages + stats.zero_pages;
-            let seen = Observation { round: number, sent_pages, took: started.elapsed(), previous_pages: previous };
+            let seen = Observation {
+                round: number,
+                sent_pages,
+                took: started.elapsed(),
+                previous_pages: previous,
+            };
             previous = Some(sent_pages);
             match policy::decide(seen, limits) {
                 Decision::Again => {}
                 Decision::Freeze => return Ok(false),
                 Decision::FreezeAndFollow => return Ok(true),
                 Decision::GiveUp => {
-                    let cause = format!("it writes memory faster than it can be sent, and a downtime of {:?} cannot be met", limits.max_downtime);
-                    return Err(Error::new("migrate").task(self.options.pid).because(cause).hint("use --mode hybrid, or a larger --max-downtime"));
+                    let cause = format!(
+                        "it writes memory faster than it can be sent, and a downtime of {:?} cannot be met",
+                        limits.max_downtime
+                    );
+                    return Err(Error::new("migrate")
+                        .task(self.options.pid)
+                        .because(cause)
+                        .hint("use --mode hybrid, or a larger --max-downtime"));
                 }
             }
         }
@@ -354,7 +404,8 @@ impl Migration<'_> {
         self.observer.phase(Phase::Freeze);
         let frozen = dump::freeze(self.options.pid, prepared, &self.options.dump)?;
         let since = frozen.since;
-        (self.report.frozen.freeze_ms, self.report.frozen.collect_ms) = (ms(frozen.times.freezing), ms(frozen.times.collecting));
+        (self.report.frozen.freeze_ms, self.report.frozen.collect_ms) =
+            (ms(frozen.times.freezing), ms(frozen.times.collecting));
         self.check_cancelled()?;
 
         let started = Instant::now();
@@ -374,7 +425,12 @@ impl Migration<'_> {
         let lazy = send_last(&mut looked, &frozen, sender, follow)?;
         let tasks = frozen.collected.tasks.clone();
         let inventory = TreeImage::new_inventory(&tasks.first().map(|task| task.ids.clone()).unwrap_or_default());
-        TreeImage { inventory, tasks, files }.save(&store)?;
+        TreeImage {
+            inventory,
+            tasks,
+            files,
+        }
+        .save(&store)?;
         for name in store.list().context("list images")? {
             let bytes = store.take(&name).unwrap_or_default();
             self.session.send_blob_blocking(&name, bytes).context("send an image")?;
@@ -390,7 +446,9 @@ impl Migration<'_> {
             pid: *pid,
             bounds: set.ranges().iter().flat_map(|&(start, end)| [start, end]).collect(),
         };
-        self.send(Body::Final(Final { lazy: lazy.iter().map(lazy_pages).collect() }))?;
+        self.send(Body::Final(Final {
+            lazy: lazy.iter().map(lazy_pages).collect(),
+        }))?;
         self.report.frozen.send_ms = ms(started.elapsed());
 
         let started = Instant::now();
@@ -405,7 +463,13 @@ impl Migration<'_> {
     }
 
     /// The decision, and everything after it.
-    fn commit(&mut self, frozen: FrozenTree, lock: NetworkLock, lazy: Vec<(u32, RunSet)>, since: Instant) -> Result<()> {
+    fn commit(
+        &mut self,
+        frozen: FrozenTree,
+        lock: NetworkLock,
+        lazy: Vec<(u32, RunSet)>,
+        since: Instant,
+    ) -> Result<()> {
         let started = Instant::now();
         let moved = MovedAddress::parse(&self.options.move_address, &self.options.move_device)?;
         let removed = moved.as_ref().map(Removed::remove).transpose()?;
@@ -416,14 +480,20 @@ impl Migration<'_> {
         let decision = Recorded {
             session: self.request.session_id.to_string(),
             destination: self.options.destination.to_string(),
-            tasks: frozen.tree.living().map(|task| (task.pid, task.stat.starttime)).collect(),
+            tasks: frozen
+                .tree
+                .living()
+                .map(|task| (task.pid, task.stat.starttime))
+                .collect(),
         };
         if let Err(error) = self.options.journal.write(self.options.pid, &decision) {
             stopped.undo();
             return Err(error);
         }
         self.observer.phase(Phase::Commit);
-        let told = self.send(Body::Commit(true)).and_then(|()| self.receive("await that the tree runs"));
+        let told = self
+            .send(Body::Commit(true))
+            .and_then(|()| self.receive("await that the tree runs"));
         let running = match told {
             Ok(Body::Running(running)) => {
                 eprintln!("T go {} µs", running.microseconds);
@@ -436,7 +506,9 @@ impl Migration<'_> {
             stopped.undo();
             drop((removed, lock, frozen));
             self.options.journal.clear(self.options.pid)?;
-            return Err(Error::new("migrate").task(self.options.pid).because("the destination gave the tree up before it ran; it goes on here"));
+            return Err(Error::new("migrate")
+                .task(self.options.pid)
+                .because("the destination gave the tree up before it ran; it goes on here"));
         };
         self.report.pid_there = pid;
         self.report.frozen.commit_ms = ms(started.elapsed());
@@ -466,7 +538,10 @@ impl Migration<'_> {
         let started = Instant::now();
         let source: Arc<dyn PageSource> = Arc::new(FrozenPages::open(frozen, &lazy)?);
         let over = Arc::new(AtomicBool::new(false));
-        let request = SessionRequest { role: Role::Faults { initiator_serves: true }, session_id: self.request.session_id };
+        let request = SessionRequest {
+            role: Role::Faults { initiator_serves: true },
+            session_id: self.request.session_id,
+        };
         let (endpoint, destination, told) = (self.endpoint.clone(), self.options.destination, over.clone());
         let serving = self.runtime.handle().spawn(async move {
             let server = FaultServer::new(source, None);
@@ -510,7 +585,8 @@ impl Migration<'_> {
 
     fn ask_finished(&self) -> bool {
         let session = self.request.session_id.to_string();
-        ask_state(self.runtime, self.endpoint, self.options.destination, &session).is_some_and(|answer| answer.running && !answer.waiting)
+        ask_state(self.runtime, self.endpoint, self.options.destination, &session)
+            .is_some_and(|answer| answer.running && !answer.waiting)
     }
 
     /// The tree lives there: what is left of it here goes, without a word to anybody.
@@ -530,12 +606,17 @@ impl Migration<'_> {
 
 fn unexpected(body: &Body) -> Error {
     let text = format!("{body:?}");
-    Error::new("migrate").because(format!("the destination answered something else than expected: {:.80}", text))
+    Error::new("migrate").because(format!(
+        "the destination answered something else than expected: {:.80}",
+        text
+    ))
 }
 
 /// Sends what a task wrote since the last round.
 fn send_round(task: &mut LookedTask, sender: &PageSender, go_on: &dyn Fn() -> Result<()>) -> Result<()> {
-    let Some(tracker) = &mut task.tracker else { return Ok(()) };
+    let Some(tracker) = &mut task.tracker else {
+        return Ok(());
+    };
     let maps = match procfs::read(task.pid, "maps").and_then(|text| procfs::maps::parse(&text)) {
         Ok(maps) => maps,
         // It ended; the freeze will see what became of the tree.
@@ -543,7 +624,9 @@ fn send_round(task: &mut LookedTask, sender: &PageSender, go_on: &dyn Fn() -> Re
     };
     let look = tracker.look(&maps)?;
     // What an earlier attempt found and did not deliver is still owed.
-    let dirty = look.dirty.union(&task.owed.intersect(&look.watched).subtract(&look.gone));
+    let dirty = look
+        .dirty
+        .union(&task.owed.intersect(&look.watched).subtract(&look.gone));
     let gone = vanished(task, &look);
     task.owed = dirty.clone();
     let object = MemoryObject::Task(task.inner);
@@ -557,7 +640,13 @@ fn send_round(task: &mut LookedTask, sender: &PageSender, go_on: &dyn Fn() -> Re
     Ok(())
 }
 
-fn send_pages(pid: i32, object: MemoryObject, set: &RunSet, sink: &mut dyn PageSink, go_on: &dyn Fn() -> Result<()>) -> Result<()> {
+fn send_pages(
+    pid: i32,
+    object: MemoryObject,
+    set: &RunSet,
+    sink: &mut dyn PageSink,
+    go_on: &dyn Fn() -> Result<()>,
+) -> Result<()> {
     let reader = Pages::open(pid)?;
     let mut buffer = vec![0u8; BATCH];
     for batch in pages::batches(&set.runs(), BATCH) {
@@ -582,7 +671,10 @@ fn send_single_pages(reader: &Pages, object: MemoryObject, batch: &[PageRun], si
     let mut page = [0u8; PAGE_SIZE];
     for run in batch {
         for index in 0..run.pages {
-            let one = PageRun { start: run.start + index * PAGE_SIZE as u64, pages: 1 };
+            let one = PageRun {
+                start: run.start + index * PAGE_SIZE as u64,
+                pages: 1,
+            };
             if reader.read(&[one], &mut page).is_ok() {
                 sink.write_pages(object, one, &page).context("send pages")?;
             }
@@ -592,7 +684,12 @@ fn send_single_pages(reader: &Pages, object: MemoryObject, batch: &[PageRun], si
 }
 
 /// Sends what the rounds did not deliver; with `follow`, tells instead which pages are to follow.
-fn send_last(looked: &mut Looked, frozen: &FrozenTree, sender: &PageSender, follow: bool) -> Result<Vec<(u32, RunSet)>> {
+fn send_last(
+    looked: &mut Looked,
+    frozen: &FrozenTree,
+    sender: &PageSender,
+    follow: bool,
+) -> Result<Vec<(u32, RunSet)>> {
     let mut lazy = Vec::new();
     for memory in &frozen.collected.memory {
         let task = looked.tasks.iter_mut().find(|task| task.pid == memory.pid);
@@ -629,7 +726,9 @@ fn select_last(
         && let Some(tracker) = &mut task.tracker
     {
         let look = tracker.look(&maps)?;
-        needed = look.dirty.union(&task.owed.intersect(&look.watched).subtract(&look.gone));
+        needed = look
+            .dirty
+            .union(&task.owed.intersect(&look.watched).subtract(&look.gone));
         gone = vanished(task, &look);
         ranges = ranges.subtract(&look.watched);
     }
@@ -644,7 +743,13 @@ fn select_last(
     }
     let may = |map: &&Mapping| track::is_staged(map);
     let locked = |map: &&Mapping| collected.is_locked(memory.object, map.start);
-    let candidates = RunSet::from_ranges(maps.iter().filter(may).filter(|map| !locked(map)).map(|map| (map.start, map.end)).collect());
+    let candidates = RunSet::from_ranges(
+        maps.iter()
+            .filter(may)
+            .filter(|map| !locked(map))
+            .map(|map| (map.start, map.end))
+            .collect(),
+    );
     // The kernel itself writes these areas while the tree is put together.
     let touched = RunSet::from_ranges(collected.touched_by_kernel(memory.object));
     let later = needed.intersect(&candidates).subtract(&touched);
@@ -660,7 +765,11 @@ impl FrozenPages {
     fn open(frozen: &FrozenTree, lazy: &[(u32, RunSet)]) -> Result<FrozenPages> {
         let mut tasks = HashMap::new();
         for (pid, set) in lazy {
-            let memory = frozen.collected.memory.iter().find(|memory| memory.object == MemoryObject::Task(*pid));
+            let memory = frozen
+                .collected
+                .memory
+                .iter()
+                .find(|memory| memory.object == MemoryObject::Task(*pid));
             if let Some(memory) = memory {
                 tasks.insert(*pid, (Pages::open(memory.pid)?, set.clone()));
             }
@@ -671,18 +780,28 @@ impl FrozenPages {
 
 impl PageSource for FrozenPages {
     fn read_pages(&self, object: MemoryObject, run: PageRun, buffer: &mut [u8]) -> std::io::Result<Vec<PageState>> {
-        let MemoryObject::Task(pid) = object else { return Ok(vec![PageState::Unknown; run.pages as usize]) };
-        let Some((pages, set)) = self.tasks.get(&pid) else { return Ok(vec![PageState::Unknown; run.pages as usize]) };
+        let MemoryObject::Task(pid) = object else {
+            return Ok(vec![PageState::Unknown; run.pages as usize]);
+        };
+        let Some((pages, set)) = self.tasks.get(&pid) else {
+            return Ok(vec![PageState::Unknown; run.pages as usize]);
+        };
         let wanted = set.intersect(&RunSet::from_runs(&[run]));
         let mut states = vec![PageState::Unknown; run.pages as usize];
         for part in wanted.runs() {
             let at = (part.start - run.start) as usize;
             let bytes = &mut buffer[at..at + part.bytes() as usize];
-            pages.read(&[part], bytes).map_err(|error| std::io::Error::other(error.chain()))?;
+            pages
+                .read(&[part], bytes)
+                .map_err(|error| std::io::Error::other(error.chain()))?;
             let first = at / PAGE_SIZE;
             for index in 0..part.pages as usize {
                 let page = &bytes[index * PAGE_SIZE..(index + 1) * PAGE_SIZE];
-                states[first + index] = if page.iter().all(|&byte| byte == 0) { PageState::Zero } else { PageState::Data };
+                states[first + index] = if page.iter().all(|&byte| byte == 0) {
+                    PageState::Zero
+                } else {
+                    PageState::Data
+                };
             }
         }
         Ok(states)
@@ -713,12 +832,17 @@ impl StoppedTree {
 
 /// Finishes what an earlier run of ours decided and did not see through.
 fn recover(runtime: &Runtime, endpoint: &Endpoint, options: &Options) -> Result<()> {
-    let Some(decision) = options.journal.read(options.pid)? else { return Ok(()) };
+    let Some(decision) = options.journal.read(options.pid)? else {
+        return Ok(());
+    };
     let alive = |&(pid, start): &(i32, u64)| read_ids(pid).is_ok_and(|(stat, _)| stat.starttime == start);
     if !decision.tasks.iter().any(alive) {
         return options.journal.clear(options.pid);
     }
-    let destination = decision.destination.parse().with(|| Error::new("read the decision").object(decision.destination.clone()))?;
+    let destination = decision
+        .destination
+        .parse()
+        .with(|| Error::new("read the decision").object(decision.destination.clone()))?;
     let failed = || {
         Error::new("learn what became of an earlier migration")
             .task(options.pid)
@@ -732,7 +856,9 @@ fn recover(runtime: &Runtime, endpoint: &Endpoint, options: &Options) -> Result<
                 sys::kill(pid, libc::SIGKILL).context("end the old copy")?;
             }
             options.journal.clear(options.pid)?;
-            Err(Error::new("migrate").task(options.pid).because("it runs at the destination already, since an earlier migration; the old copy was ended"))
+            Err(Error::new("migrate")
+                .task(options.pid)
+                .because("it runs at the destination already, since an earlier migration; the old copy was ended"))
         }
         Some(false) => {
             for &(pid, _) in decision.tasks.iter().filter(|task| alive(task)) {
@@ -750,10 +876,17 @@ fn ask_once(runtime: &Runtime, endpoint: &Endpoint, destination: SocketAddr, ses
 }
 
 fn ask_state(runtime: &Runtime, endpoint: &Endpoint, destination: SocketAddr, session: &str) -> Option<wire::Answer> {
-    let request = SessionRequest { role: Role::Migrate, session_id: SessionId::random() };
+    let request = SessionRequest {
+        role: Role::Migrate,
+        session_id: SessionId::random(),
+    };
     let asked = runtime.block_on(async {
         let session_there = endpoint.connect(destination).await?.open(request).await?;
-        session_there.send_message(wire::encode(Body::Query(wire::Query { session: session.as_bytes().to_vec() }))).await?;
+        session_there
+            .send_message(wire::encode(Body::Query(wire::Query {
+                session: session.as_bytes().to_vec(),
+            })))
+            .await?;
         let answer = session_there.recv_message().await?;
         session_there.close().await.ok();
         Ok::<_, whimbrel_page_server::transport::Error>(answer)
