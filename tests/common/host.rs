@@ -48,7 +48,7 @@ impl Host {
         // The first process ignores SIGCHLD, so that orphans never stay as zombies.
         let script = format!(
             "ip link set lo up && mount -t tmpfs tmpfs /run && hostname whimbrel-test-{name} \
-             && echo {last_pid} > /proc/sys/kernel/ns_last_pid && touch {}/up && trap '' CHLD && exec sleep 100000",
+             && echo {last_pid} > /proc/sys/kernel/ns_last_pid && touch {}/up && exec env --ignore-signal=CHLD sleep 100000",
             directory.display()
         );
         let mut command = Command::new("setpriv");

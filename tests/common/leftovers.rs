@@ -57,6 +57,31 @@ impl Looks {
         }
     }
 
+    /// What is here and not there, and the other way round.
+    pub fn unlike(&self, other: &Looks) -> Vec<String> {
+        let lines = |looks: &Looks| {
+            [
+                &looks.mappings[..],
+                &looks.executable,
+                &looks.descriptors,
+                &looks.status,
+            ]
+            .concat()
+        };
+        let (ours, theirs) = (lines(self), lines(other));
+        let new = ours
+            .iter()
+            .filter(|line| !theirs.contains(line))
+            .map(|line| format!("+ {line}"));
+        new.chain(
+            theirs
+                .iter()
+                .filter(|line| !ours.contains(line))
+                .map(|line| format!("- {line}")),
+        )
+        .collect()
+    }
+
     /// Waits until the process looks like this again: a stub restores its thread a moment after the tool's death.
     pub fn must_return(&self, host: &Host, pid: i32, when: &str) {
         let deadline = std::time::Instant::now() + super::PATIENCE / 6;
@@ -66,11 +91,9 @@ impl Looks {
                 return;
             }
             if std::time::Instant::now() > deadline {
-                assert_eq!(
-                    now,
-                    *self,
-                    "{when}: process {pid} keeps traces of the tool; maps:\n{}",
-                    host.read_proc(pid, "maps")
+                panic!(
+                    "{when}: process {pid} keeps traces of the tool: {:#?}",
+                    now.unlike(self)
                 );
             }
             std::thread::sleep(std::time::Duration::from_millis(5));

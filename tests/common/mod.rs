@@ -17,7 +17,7 @@ pub use tool::{Migration, Serve};
 pub use victim::Victim;
 
 /// How long anything may take before a test gives up: generous, for no test is about time.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+pub const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Tells why a test does nothing here. `tests/run` collects these lines and compares them with `tests/expected-skips`.
 pub fn skip(reason: &str) {

@@ -73,6 +73,26 @@ impl Victim {
         victim
     }
 
+    /// Starts a shell script of `tests/programs` that reports as the others do.
+    pub fn start_shell(host: &Host, directory: &Path, program: &str) -> Victim {
+        let (log, errors) = (
+            directory.join(format!("{program}.log")),
+            directory.join(format!("{program}.err")),
+        );
+        let words = [
+            "sh".to_owned(),
+            super::program(program).display().to_string(),
+            log.display().to_string(),
+        ];
+        let victim = Victim {
+            pid: start_daemon(host, directory, &words, &errors),
+            log,
+            errors,
+        };
+        victim.goes_on();
+        victim
+    }
+
     fn alive(&self, host: &Host) -> bool {
         host.proc(self.pid, "").exists()
     }
@@ -145,11 +165,12 @@ impl Victim {
 pub fn start_daemon(host: &Host, directory: &Path, words: &[String], output: &Path) -> i32 {
     let pid_file = directory.join("pid");
     let _ = std::fs::remove_file(&pid_file);
+    // Descriptors that we got from whoever runs the tests are not the program's.
     // The shell ends at once, so the host's first process becomes the parent. In a script without job control the
     // command is not a group leader, so setsid(1) needs no fork, and its pid is the program's.
-    let script = r#"cd "$1" && log=$2 && out=$3 && shift 3
+    let script = r#"for fd in /proc/self/fd/*; do fd=${fd##*/}; [ "$fd" -le 2 ] || eval "exec $fd>&-"; done; cd "$1" && log=$2 && out=$3 && shift 3
         setsid "$@" < /dev/null > "$log" 2>&1 & echo $! > "$out.new" && mv "$out.new" "$out""#;
-    let mut all: Vec<String> = ["sh", "-c", script, "sh"].map(str::to_owned).to_vec();
+    let mut all: Vec<String> = ["bash", "-c", script, "bash"].map(str::to_owned).to_vec();
     all.extend([directory, output, &pid_file].map(|path| path.display().to_string()));
     all.extend_from_slice(words);
     let result = host.run(&all);
