@@ -425,7 +425,7 @@ impl TreeImage {
         InventoryEntry {
             img_version: IMAGE_VERSION,
             fdinfo_per_id: Some(true),
-            root_ids: Some(root.clone()),
+            root_ids: Some(*root),
             ns_per_id: Some(true),
             lsmtype: Some(0),
             ..InventoryEntry::default()
@@ -451,7 +451,7 @@ fn load_task(store: &dyn ImageStore, item: PstreeEntry) -> Result<TaskImage> {
             .push(entry::read_one(store, &format!("core-{tid}.img")).context(failed)?);
     }
     task.entry.threads = std::iter::once(pid).chain(others).collect();
-    let embedded = task.cores[0].ids.clone();
+    let embedded = task.cores[0].ids;
     task.ids = match entry::read_one(store, &format!("ids-{pid}.img")) {
         Ok(ids) => ids,
         Err(error) if error.is_not_found() => embedded.ok_or(error).context(failed)?,

@@ -124,6 +124,15 @@ impl Victim {
         stat.rsplit(')').next().unwrap().trim_start()[..1].to_owned()
     }
 
+    /// A stop signal takes effect a moment after it was sent.
+    fn is_stopped(&self) {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while self.state() != "T" {
+            assert!(Instant::now() < deadline, "its state is {}", self.state());
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+
     fn dump(&self, more: &[&str]) -> Output {
         let (pid, images) = (self.pid.to_string(), self.images());
         let arguments = ["dump", "-t", &pid, "-D", &images];
@@ -199,7 +208,7 @@ fn a_dump_may_leave_the_tree_running_or_stopped_and_replaces_an_older_one_as_a_w
         victim.names()
     );
     good(&victim.dump(&["-s"]));
-    assert_eq!(victim.state(), "T");
+    victim.is_stopped();
     whimbrel::kernel::sys::kill(victim.pid, libc::SIGCONT).unwrap();
     victim.goes_on();
     good(&whimbrel(&["image", "verify", &victim.images()]));
@@ -222,6 +231,66 @@ fn a_dump_that_fails_leaves_the_tree_running_and_the_directory_as_it_was() {
     let log = std::fs::read_to_string(victim.path("log")).unwrap();
     assert!(log.contains("Error (src/cli/mod.rs:"), "{log}");
     assert!(log.trim_end().ends_with("Dumping FAILED."), "{log}");
+}
+
+#[test]
+fn a_dump_and_a_restore_that_are_cancelled_leave_nothing_behind() {
+    if !is_root() {
+        return;
+    }
+    let victim = Victim::start();
+    // A script that never ends holds the command at a stage.
+    let script = victim.path("script");
+    let started = victim.path("started");
+    let hold = |stage: &str| {
+        let code = format!(
+            "#!/bin/sh\n[ $CRTOOLS_SCRIPT_ACTION = {stage} ] || exit 0\ntouch {}\nexec sleep 100\n",
+            started.display()
+        );
+        let _ = std::fs::remove_file(&started);
+        std::fs::write(&script, code).unwrap();
+        std::fs::set_permissions(&script, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    };
+    let cancel = |arguments: &[&str]| {
+        let mut command = Command::new(WHIMBREL);
+        command
+            .args(arguments)
+            .args(["--action-script", script.to_str().unwrap()]);
+        // A group of its own: the script is to be ended with it.
+        std::os::unix::process::CommandExt::process_group(&mut command, 0);
+        let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
+        while !started.exists() {
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        let pid = child.id() as i32;
+        whimbrel::kernel::sys::kill(pid, libc::SIGTERM).unwrap();
+        child.wait().unwrap();
+        // The script holds the pipe open.
+        let _ = whimbrel::kernel::sys::kill(-pid, libc::SIGKILL);
+        let output = child.wait_with_output();
+        refused(&output.unwrap(), "cancelled by SIGTERM");
+    };
+    let (pid, images) = (victim.pid.to_string(), victim.images());
+    hold("pre-dump");
+    cancel(&["dump", "-t", &pid, "-D", &images]);
+    victim.goes_on();
+    assert!(victim.names().is_empty(), "{:?}", victim.names());
+    good(&victim.dump(&[]));
+    victim.reap();
+    hold("post-restore");
+    cancel(&["restore", "-d", "-D", &images]);
+    let deadline = Instant::now() + Duration::from_secs(10);
+    // The kernel kills it, init takes note of it.
+    while victim.is_there() {
+        assert!(
+            Instant::now() < deadline,
+            "the victim is still there: {}",
+            victim.state()
+        );
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    good(&victim.restore(&[]));
+    victim.goes_on();
 }
 
 #[test]
@@ -385,7 +454,7 @@ fn a_restored_sibling_is_a_child_of_whoever_called() {
         .nth(1)
         .map(str::to_owned);
     assert_eq!(parent, Some(std::process::id().to_string()));
-    assert_eq!(victim.state(), "T");
+    victim.is_stopped();
     whimbrel::kernel::sys::kill(victim.pid, libc::SIGCONT).unwrap();
     victim.goes_on();
     whimbrel::kernel::sys::kill(victim.pid, libc::SIGKILL).unwrap();

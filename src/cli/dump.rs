@@ -15,6 +15,7 @@ use whimbrel_images::page::{MemoryObject, PageSink};
 use whimbrel_images::sink::DirPageSink;
 use whimbrel_images::store::{DirStore, ImageStore};
 
+use super::cancel::Cancel;
 use super::compare::ComparingSink;
 use super::options::{Common, Hooks, Resources, size};
 use super::remote_pages::{RemotePages, ServerAddress};
@@ -188,9 +189,11 @@ impl Target {
     }
 }
 
+const FAILED: &str = "Dumping FAILED.";
+
 impl Run for Dump {
     fn logging(&self) -> Logging {
-        self.common.logging(Some("Dumping FAILED."))
+        self.common.logging(Some(FAILED))
     }
 
     fn run(self, context: &Context) -> Result<ExitCode> {
@@ -212,13 +215,14 @@ impl Run for Dump {
         if capabilities.any() {
             cpuinfo::write(&*staging.store())?;
         }
+        let cancel = Cancel::arm(FAILED, staging.clean_up())?;
         scripts.run(Stage::PreDump, Some(self.tree))?;
 
         tracing::info!("Dumping the tree of {}", self.tree);
         let options = self.options();
         let store = staging.store();
         let prepared = Prepared::look(self.tree)?;
-        let mut frozen = within(Duration::from_secs(self.timeout), || {
+        let mut frozen = within(Duration::from_secs(self.timeout), &cancel, || {
             dump::freeze(self.tree, prepared, &options)
         })?;
         tracing::info!("{} tasks are frozen", frozen.tree.tasks.len());
@@ -232,6 +236,7 @@ impl Run for Dump {
         target.finish(&mut amount)?;
         frozen.describe(&*store, files, lock.run_id.clone())?;
         drop(store);
+        cancel.disarm();
         staging.commit()?;
         write_pidfile(&self.common, self.tree)?;
         let mut times = frozen.times;
@@ -359,22 +364,17 @@ pub fn free_previous(workspace: &Workspace) -> Result<()> {
 
 /// Does work on this thread. When it takes longer than `limit`, this process ends, and with it its hold on the tree, which
 /// goes on: a task that the kernel cannot stop (in uninterruptible sleep) cannot be waited for any other way.
-pub fn within<T>(limit: Duration, work: impl FnOnce() -> T) -> T {
+pub fn within<T>(limit: Duration, cancel: &Cancel, work: impl FnOnce() -> T) -> T {
+    use std::sync::mpsc::RecvTimeoutError;
     let (done, waiting) = std::sync::mpsc::channel::<()>();
+    let cancel = cancel.clone();
     let watch = std::thread::spawn(move || {
-        if limit.is_zero() || waiting.recv_timeout(limit) != Err(std::sync::mpsc::RecvTimeoutError::Timeout) {
-            return;
+        if !limit.is_zero() && waiting.recv_timeout(limit) == Err(RecvTimeoutError::Timeout) {
+            cancel.fail(&format!(
+                "the tree could not be frozen within {} s; use --timeout",
+                limit.as_secs()
+            ));
         }
-        tracing::error!(
-            "the tree could not be frozen within {} s; see --timeout",
-            limit.as_secs()
-        );
-        tracing::error!("Dumping FAILED.");
-        eprintln!(
-            "Error: the tree could not be frozen within {} s; use --timeout",
-            limit.as_secs()
-        );
-        std::process::exit(1);
     });
     let result = work();
     drop(done);

@@ -6,11 +6,13 @@
 //! Every option of CRIU is either done or refused with the reason: those that are not built are rows in [`unbuilt`].
 
 mod arguments;
+mod cancel;
 mod check;
 mod compare;
 mod completions;
 mod cpuinfo;
 mod dedup;
+mod demo;
 mod dump;
 mod id;
 mod identity;
@@ -18,12 +20,14 @@ mod image;
 mod lazy_pages;
 mod log;
 mod man;
+mod migrate;
 mod options;
 mod page_server;
 mod pre_dump;
 mod remote_pages;
 mod restore;
 mod scripts;
+mod serve;
 mod staging;
 mod stats;
 mod trust;
@@ -110,6 +114,9 @@ verbs! {
     LazyPages(lazy_pages::LazyPages),
     Dedup(dedup::Dedup),
     Cpuinfo(cpuinfo::CpuInfo),
+    Migrate(migrate::Migrate),
+    Serve(serve::Serve),
+    Demo(demo::Demo),
     Id(id::Id),
     Trust(trust::Trust),
     Image(image::Image),
@@ -170,9 +177,9 @@ pub fn main(arguments: Vec<OsString>, started: Instant) -> ExitCode {
     } else {
         command()
     };
-    let parsed = arguments::prepare(arguments, as_criu, &command).and_then(|arguments| {
+    let parsed = arguments::prepare(arguments, as_criu, &command).map(|arguments| {
         let matches = command.try_get_matches_from(arguments);
-        Ok(matches.and_then(|matches| <Cli as clap::FromArgMatches>::from_arg_matches(&matches)))
+        matches.and_then(|matches| <Cli as clap::FromArgMatches>::from_arg_matches(&matches))
     });
     let cli = match parsed {
         Ok(Ok(cli)) => cli,

@@ -8,6 +8,7 @@ use clap::Args;
 use whimbrel::dump::{self, Prepared};
 use whimbrel::error::Result;
 
+use super::cancel::Cancel;
 use super::dump::{MemoryOptions, PreDumpMode, Target, free_previous, within};
 use super::options::{Common, Hooks, Resources};
 use super::scripts::{Scripts, Stage};
@@ -48,9 +49,11 @@ pub struct PreDump {
     unbuilt: Unbuilt,
 }
 
+const FAILED: &str = "Pre-dumping FAILED.";
+
 impl Run for PreDump {
     fn logging(&self) -> Logging {
-        self.common.logging(Some("Pre-dumping FAILED."))
+        self.common.logging(Some(FAILED))
     }
 
     fn run(self, context: &Context) -> Result<ExitCode> {
@@ -68,6 +71,7 @@ impl Run for PreDump {
         workspace.open_work()?;
         dump::check_root(self.tree)?;
         let mut target = Target::new(&self.memory, &staging, context)?;
+        let cancel = Cancel::arm(FAILED, staging.clean_up())?;
         scripts.run(Stage::PreDump, Some(self.tree))?;
 
         tracing::info!("Pre-dumping the tree of {}", self.tree);
@@ -78,7 +82,7 @@ impl Run for PreDump {
         };
         let prepared = Prepared::look(self.tree)?;
         let started = Instant::now();
-        let mut frozen = within(Duration::from_secs(self.timeout), || {
+        let mut frozen = within(Duration::from_secs(self.timeout), &cancel, || {
             dump::freeze(self.tree, prepared, &options)
         })?;
         for task in &frozen.collected.memory {
@@ -87,6 +91,7 @@ impl Run for PreDump {
         let mut amount = frozen.memory(target.sink())?;
         let times = frozen.end(dump::Afterwards::Resume)?;
         target.finish(&mut amount)?;
+        cancel.disarm();
         staging.commit()?;
         write_pidfile(&self.common, self.tree)?;
         scripts.run(Stage::PostDump, Some(self.tree))?;

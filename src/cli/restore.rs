@@ -14,6 +14,7 @@ use whimbrel::tree::TreeImage;
 use whimbrel_images::chain::PageStore;
 use whimbrel_images::store::{DirStore, ImageStore};
 
+use super::cancel::Cancel;
 use super::options::{Common, Hooks, Resources};
 use super::scripts::{Scripts, Stage};
 use super::unbuilt::Unbuilt;
@@ -65,9 +66,11 @@ pub struct Restore {
     unbuilt: Unbuilt,
 }
 
+const FAILED: &str = "Restoring FAILED.";
+
 impl Run for Restore {
     fn logging(&self) -> Logging {
-        self.common.logging(Some("Restoring FAILED."))
+        self.common.logging(Some(FAILED))
     }
 
     fn run(self, context: &Context) -> Result<ExitCode> {
@@ -97,6 +100,7 @@ impl Run for Restore {
             cpuinfo::check(&store, capabilities)?;
         }
         await_reaping(&image);
+        let cancel = Cancel::arm(FAILED, || ())?;
         scripts.run(Stage::PreRestore, None)?;
 
         tracing::info!("Restoring {} tasks", image.tasks.len());
@@ -124,6 +128,7 @@ impl Run for Restore {
         if let Err(error) = scripts.run(Stage::PreResume, Some(root)) {
             tracing::error!("{}", error.chain());
         }
+        cancel.disarm();
         ready.go()?;
         let counted = pages
             .objects()
@@ -147,6 +152,7 @@ impl Run for Restore {
             "images": workspace.absolute_images(),
             "took_us": started.elapsed().as_micros() as u64,
         }));
+        cancel.done();
         self.afterwards(root)
     }
 }

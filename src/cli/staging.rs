@@ -58,6 +58,12 @@ impl Staging {
         self.store.clone()
     }
 
+    /// What removes the directory from another thread, when this process is about to end.
+    pub fn clean_up(&self) -> impl FnOnce() + Send + use<> {
+        let path = self.target.path().join(&self.name);
+        move || drop(std::fs::remove_dir_all(path))
+    }
+
     /// Links the new set to an earlier one; `parent` is relative to the images directory.
     ///
     /// # Errors

@@ -182,7 +182,7 @@ impl FrozenTree {
         run_id: Option<String>,
     ) -> Result<()> {
         let tasks = std::mem::take(&mut self.collected.tasks);
-        let mut inventory = TreeImage::new_inventory(&tasks.first().map(|task| task.ids.clone()).unwrap_or_default());
+        let mut inventory = TreeImage::new_inventory(&tasks.first().map(|task| task.ids).unwrap_or_default());
         inventory.dump_criu_run_id = run_id;
         TreeImage {
             inventory,

@@ -5,6 +5,7 @@
 //! * [`mm`]: files that can only be made by mapping memory.
 //! * [`address`]: addresses that move with a tree.
 //! * [`message`]: looking at queued messages.
+//! * [`link`]: network devices for hosts made out of namespaces.
 //! * [`nft`]: the network lock: packets of chosen connections are dropped while they are taken apart.
 //! * [`sock_diag`]: the sockets of a network namespace, as the kernel lists them.
 //! * [`features`]: what this kernel can do, found out by trying.
@@ -12,6 +13,7 @@
 pub mod address;
 pub mod features;
 pub mod files;
+pub mod link;
 pub mod message;
 pub mod mm;
 mod netlink;

@@ -12,6 +12,7 @@ use whimbrel_lazy::ioctl::{Features, RegisterMode, Userfault};
 use whimbrel_lazy::{LazyConfig, LazyRange, LazyServer};
 use whimbrel_page_server::transport::{FaultClient, FaultLink, Session};
 
+use super::journal::Arrivals;
 use super::standby::{Standby, StandbySink};
 use super::wire::{self, Begin, Body, Failed, Final, Finished, Prepared, Ready, RunningThere};
 use crate::dump::runs::RunSet;
@@ -43,6 +44,8 @@ pub struct Options {
     pub root: PathBuf,
     /// The runtime that drives the endpoint.
     pub runtime: tokio::runtime::Handle,
+    /// Where arrivals are noted, so that they are known after a restart.
+    pub arrivals: Option<Arrivals>,
 }
 
 /// What became of a migration.
@@ -63,10 +66,15 @@ pub enum Outcome {
 pub trait Registry: Send + Sync {
     /// The tree waits for Commit.
     fn waiting(&self);
+    /// Commit has come: noted before the tree runs, so that whoever comes after us can tell that it may.
+    ///
+    /// # Errors
+    /// When it cannot be noted; the tree must not run then.
+    fn committed(&self, root: i32) -> Result<()>;
     /// The tree runs; part of its memory may still be at the source.
-    fn running(&self);
+    fn running(&self, root: i32);
     /// All of its memory is here.
-    fn completed(&self);
+    fn completed(&self, root: i32);
     /// What is known of another session.
     fn answer(&self, session: &str) -> wire::Answer;
 }
@@ -164,7 +172,7 @@ fn serve(
     }
     let image = TreeImage::load(&store)?;
     // The address must be here before sockets can be bound to it; it is announced when the tree runs.
-    let address = moved.as_ref().map(|moved| address::Added::add(moved)).transpose()?;
+    let address = moved.as_ref().map(address::Added::add).transpose()?;
     let mut put = put_together(build, &sink, &image, &store, &restore_options, &last)?;
     put.ready.arm()?;
     send(
@@ -186,12 +194,13 @@ fn serve(
     }
     let committed = Instant::now();
     let pid = put.ready.root_pid().unwrap_or_default();
-    put.ready.go()?;
-    registry.running();
+    registry.committed(pid)?;
+    let ran = put.ready.go()?;
+    registry.running(pid);
     if let Some(address) = address {
         address.keep_and_announce();
     }
-    let microseconds = committed.elapsed().as_micros() as u64;
+    let microseconds = (ran - committed).as_micros() as u64;
     observer.note(&format!("{}: runs as pid {pid}", begin.name));
     // Whether the source hears it or not, the tree runs: it will ask.
     let told = send(
@@ -202,11 +211,11 @@ fn serve(
         }),
     );
     if put.lazy.is_empty() {
-        registry.completed();
+        registry.completed(pid);
         told.ok();
     } else {
         let finished = follow(put.lazy, faults, &options.runtime, observer)?;
-        registry.completed();
+        registry.completed(pid);
         observer.note(&format!("{}: all memory is here", begin.name));
         send(session, Body::Finished(finished)).ok();
     }

@@ -165,12 +165,10 @@ impl Puppet {
                     return Err(Error::new("run a program").task(self.tid).because(how));
                 }
                 Waited::Stopped(stopped, StopReason::Signal(libc::SIGTRAP)) => return Ok(stopped),
-                Waited::Stopped(stopped, StopReason::Event(event))
-                    if matches!(
-                        event,
-                        libc::PTRACE_EVENT_FORK | libc::PTRACE_EVENT_CLONE | libc::PTRACE_EVENT_VFORK
-                    ) =>
-                {
+                Waited::Stopped(
+                    stopped,
+                    StopReason::Event(libc::PTRACE_EVENT_FORK | libc::PTRACE_EVENT_CLONE | libc::PTRACE_EVENT_VFORK),
+                ) => {
                     let tid = stopped.event_message()? as i32;
                     let child = await_birth(tid)?;
                     newborn.insert(

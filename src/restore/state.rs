@@ -18,6 +18,9 @@ use crate::resource::mem::{bounds, mapping, mapping::status};
 use crate::resource::{Installing, Stage, TASK_KINDS};
 use crate::tree::{TaskImage, TreeImage, task_state};
 
+/// Bytes to write over a task's own vdso, by address.
+type Patches = Vec<(u64, Vec<u8>)>;
+
 /// A tree that is whole and waits for its last step.
 pub struct Ready<'a> {
     build: Build,
@@ -390,11 +393,11 @@ impl Ready<'_> {
         Ok(())
     }
 
-    /// The last step: files are let go (the network must be open by now), and everything runs.
+    /// The last step: files are let go (the network must be open by now), and everything runs. Tells when that was.
     ///
     /// # Errors
     /// When a file cannot be let go, or a task died.
-    pub fn go(mut self) -> Result<()> {
+    pub fn go(mut self) -> Result<std::time::Instant> {
         let image = self.image;
         for (id, entry) in &image.files {
             if self.files.opened.contains_key(id) {
@@ -416,7 +419,8 @@ impl Ready<'_> {
             // It is pending when the thread is let go, so that the task stops before it runs.
             crate::kernel::sys::kill(leader, signal as i32).with(|| Error::new("stop").task(leader))?;
         }
-        self.build.release()
+        let now = std::time::Instant::now();
+        self.build.release().map(|()| now)
     }
 }
 
@@ -573,7 +577,7 @@ fn fill(
     sink: &MemorySink,
     pages: &whimbrel_images::chain::PageStore,
     image: &TreeImage,
-    patches: &[(u32, Vec<(u64, Vec<u8>)>)],
+    patches: &[(u32, Patches)],
 ) -> Result<()> {
     use std::os::unix::fs::FileExt;
     use whimbrel_images::page::{MemoryObject, PAGE_SIZE, PageRun, PageSink};

@@ -8,7 +8,7 @@
 pub struct Call {
     /// System call number.
     pub nr: u32,
-    /// When the program goes on: see [`Expect`].
+    /// When the program goes on: see [`Expect`](crate::remote::Expect).
     pub expect: u32,
     /// Per argument: 0 the value itself, 1 the u64 at that address, 2 the i32 at that address, sign extended.
     pub kinds: [u8; 8],
