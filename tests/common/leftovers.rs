@@ -37,9 +37,21 @@ impl Looks {
         descriptors.sort();
         let status = host.read_proc(pid, "status");
         let kept = ["TracerPid", "SigIgn", "SigCgt", "Seccomp", "CoreDumping"];
-        let status = status
+        let kept = status
             .lines()
             .filter(|line| kept.iter().any(|name| line.starts_with(name)));
+        let mut status: Vec<String> = kept.map(str::to_owned).collect();
+        // While it visits a thread, the tool blocks all signals.
+        for thread in std::fs::read_dir(host.proc(pid, "task"))
+            .into_iter()
+            .flatten()
+            .flatten()
+        {
+            let text = std::fs::read_to_string(thread.path().join("status")).unwrap_or_default();
+            if text.contains("SigBlk:\tffffffff") {
+                status.push(format!("thread {} blocks all signals", thread.file_name().display()));
+            }
+        }
         assert!(
             !maps.is_empty() && !descriptors.is_empty(),
             "process {pid} is gone from {}",
@@ -53,7 +65,7 @@ impl Looks {
                 .collect(),
             executable: maps.lines().filter(executable).map(range).collect(),
             descriptors,
-            status: status.map(str::to_owned).collect(),
+            status,
         }
     }
 
@@ -84,7 +96,7 @@ impl Looks {
 
     /// Waits until the process looks like this again: a stub restores its thread a moment after the tool's death.
     pub fn must_return(&self, host: &Host, pid: i32, when: &str) {
-        let deadline = std::time::Instant::now() + super::PATIENCE / 6;
+        let deadline = std::time::Instant::now() + super::PATIENCE / 2;
         loop {
             let now = Looks::at(host, pid);
             if now == *self {
