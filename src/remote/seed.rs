@@ -145,7 +145,7 @@ impl Puppet {
         let entry = arena.0.0 + layout::TEXT + arch::entry_offset();
         let registers = stopped
             .registers()?
-            .at_stub(entry, base.0, base.0 + program.end_offset(), false, 0);
+            .at_stub(entry, 0, base.0, base.0 + program.end_offset(), false, 0);
         stopped.set_registers(&registers)?;
         let stopped = self.await_trap(stopped.resume()?, newborn)?;
         let position = stopped.registers()?.stub_position();
@@ -238,7 +238,7 @@ impl Puppet {
         let entry = arena.0.0 + layout::TEXT + arch::entry_offset();
         let registers = stopped
             .registers()?
-            .at_stub(entry, base.0, base.0 + program.end_offset(), false, 0);
+            .at_stub(entry, 0, base.0, base.0 + program.end_offset(), false, 0);
         stopped.set_registers(&registers)?;
         let mut running = stopped.resume()?;
         loop {

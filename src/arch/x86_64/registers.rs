@@ -24,9 +24,10 @@ impl Registers {
     }
 
     /// A thread with these registers runs the stub: see `stub_text` for the meaning.
-    pub fn at_stub(mut self, entry: u64, first_call: u64, end: u64, waiting: bool, context: u64) -> Self {
+    /// The stub needs no stack, but a signal might: between our death and the first instruction, for example.
+    pub fn at_stub(mut self, entry: u64, stack: u64, first_call: u64, end: u64, waiting: bool, context: u64) -> Self {
         let r = &mut self.0;
-        (r.rip, r.rsp, r.orig_rax, r.eflags) = (entry, 0, u64::MAX, 0x202);
+        (r.rip, r.rsp, r.orig_rax, r.eflags) = (entry, stack, u64::MAX, 0x202);
         (r.rbx, r.rbp, r.r14, r.r15) = (first_call, end, waiting as u64, context);
         self
     }
