@@ -52,7 +52,7 @@ fn migrate(setup: &Setup, mib: u64, mode: &str) -> Result<Moved> {
         .filter_map(|line| serde_json::from_str::<Value>(line).ok());
     let report = events
         .filter(|event| event["event"] == "done")
-        .last()
+        .next_back()
         .ok_or("the migration has no report")?;
     Ok(Moved {
         // It notes the pause when it runs there: no note, no life.
