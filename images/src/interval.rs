@@ -39,28 +39,29 @@ impl<V: Value> IntervalMap<V> {
         debug_assert!(start < end);
         self.remove(start, end);
         let (mut start, mut end, mut value) = (start, end, value);
-        if let Some((&before, &(before_end, before_value))) = self.ranges.range(..start).next_back() {
-            if before_end == start && before_value.advanced(start - before) == value {
-                (start, value) = (before, before_value);
-            }
+        if let Some((&before, &(before_end, before_value))) = self.ranges.range(..start).next_back()
+            && before_end == start
+            && before_value.advanced(start - before) == value
+        {
+            (start, value) = (before, before_value);
         }
-        if let Some(&(after_end, after_value)) = self.ranges.get(&end) {
-            if value.advanced(end - start) == after_value {
-                self.ranges.remove(&end);
-                end = after_end;
-            }
+        if let Some(&(after_end, after_value)) = self.ranges.get(&end)
+            && value.advanced(end - start) == after_value
+        {
+            self.ranges.remove(&end);
+            end = after_end;
         }
         self.ranges.insert(start, (end, value));
     }
 
     pub(crate) fn remove(&mut self, start: u64, end: u64) {
         // The range that reaches in from the left may also reach out to the right.
-        if let Some((&before, &(before_end, value))) = self.ranges.range(..start).next_back() {
-            if before_end > start {
-                self.ranges.insert(before, (start, value));
-                if before_end > end {
-                    self.ranges.insert(end, (before_end, value.advanced(end - before)));
-                }
+        if let Some((&before, &(before_end, value))) = self.ranges.range(..start).next_back()
+            && before_end > start
+        {
+            self.ranges.insert(before, (start, value));
+            if before_end > end {
+                self.ranges.insert(end, (before_end, value.advanced(end - before)));
             }
         }
         while let Some((&inner, &(inner_end, value))) = self.ranges.range(start..end).next() {

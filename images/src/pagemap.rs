@@ -194,7 +194,7 @@ fn parse_entry(entry: &proto::PagemapEntry, end: u64) -> Result<PagemapRun, Imag
 /// What is wrong with a run, if anything: bounds that are not pages, no pages, or an end beyond the address space.
 pub(crate) fn check_run(run: PageRun) -> Result<(), &'static str> {
     let bytes = run.pages.checked_mul(PAGE_SIZE as u64);
-    if run.start % PAGE_SIZE as u64 != 0 {
+    if !run.start.is_multiple_of(PAGE_SIZE as u64) {
         Err("does not begin at a page boundary")
     } else if run.pages == 0 {
         Err("has no pages")

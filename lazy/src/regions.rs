@@ -212,7 +212,7 @@ impl RegionMap {
         let (start, pages) = (range.start, range.pages);
         let bytes = pages.checked_mul(PAGE).filter(|&bytes| bytes > 0);
         let fits = |from: u64| bytes.and_then(|bytes| from.checked_add(bytes)).is_some();
-        if !fits(start) || !fits(range.source) || (start | range.source) % PAGE != 0 {
+        if !fits(start) || !fits(range.source) || !(start | range.source).is_multiple_of(PAGE) {
             return Err(RegionError::Malformed { start, pages });
         }
         if self.overlapping(start, range.end()).next().is_some() {

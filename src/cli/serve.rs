@@ -8,7 +8,7 @@ use std::sync::Arc;
 use clap::Args;
 
 use whimbrel::error::{Context as _, Result};
-use whimbrel::migrate::{destination, server};
+use whimbrel::migrate::{destination, journal::Arrivals, server};
 use whimbrel_page_server::transport::{Endpoint, Options, Runtime};
 
 use super::{Context, Run};
@@ -25,6 +25,9 @@ pub struct Serve {
     /// Where the files of the trees are found.
     #[arg(long, value_name = "DIR", default_value = "/")]
     root: PathBuf,
+    /// Where arrivals are noted.
+    #[arg(long, value_name = "DIR", default_value = "/run/whimbrel")]
+    journal: PathBuf,
 }
 
 struct Notes {
@@ -50,6 +53,7 @@ impl Run for Serve {
         let options = destination::Options {
             root: self.root,
             runtime: runtime.handle().clone(),
+            arrivals: Some(Arrivals::open(&self.journal)?),
         };
         context.event(&serde_json::json!({"event": "listening", "address": self.listen.to_string()}));
         if !context.json {

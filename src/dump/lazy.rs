@@ -40,6 +40,19 @@ pub struct FrozenPages {
 }
 
 impl FrozenPages {
+    /// All memory of processes that stay stopped, by their pids in images.
+    ///
+    /// # Errors
+    /// When the memory of one cannot be opened.
+    pub fn of_stopped(pids: &[(i32, u32)]) -> Result<FrozenPages> {
+        let mut tasks = HashMap::new();
+        for &(pid, inner) in pids {
+            let everything = RunSet::from_ranges(vec![(0, crate::arch::TASK_SIZE)]);
+            tasks.insert(inner, (Pages::open(pid)?, everything));
+        }
+        Ok(FrozenPages { tasks })
+    }
+
     /// The pages of `lazy`, by task as images call it.
     ///
     /// # Errors

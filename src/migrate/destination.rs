@@ -11,11 +11,13 @@ use whimbrel_images::proto::VmaEntry;
 use whimbrel_images::store::MemStore;
 use whimbrel_page_server::transport::{FaultClient, FaultLink, Session};
 
+use super::journal::Arrivals;
 use super::standby::{Standby, StandbySink};
 use super::wire::{self, Begin, Body, Failed, Final, Finished, Prepared, Ready, RunningThere};
 use crate::dump::runs::RunSet;
 use crate::error::{Context, Error, Result};
 use crate::kernel::address::{self, MovedAddress};
+use crate::kernel::nft::NetworkLock;
 use crate::remote::Program;
 use crate::resource::fd::FileRestore;
 use crate::resource::mem::{mapping, mapping::status};
@@ -42,6 +44,8 @@ pub struct Options {
     pub root: PathBuf,
     /// The runtime that drives the endpoint.
     pub runtime: tokio::runtime::Handle,
+    /// Where arrivals are noted, so that they are known after a restart.
+    pub arrivals: Option<Arrivals>,
 }
 
 /// What became of a migration.
@@ -62,10 +66,15 @@ pub enum Outcome {
 pub trait Registry: Send + Sync {
     /// The tree waits for Commit.
     fn waiting(&self);
+    /// Commit has come: noted before the tree runs, so that whoever comes after us can tell that it may.
+    ///
+    /// # Errors
+    /// When it cannot be noted; the tree must not run then.
+    fn committed(&self, root: i32) -> Result<()>;
     /// The tree runs; part of its memory may still be at the source.
-    fn running(&self);
+    fn running(&self, root: i32);
     /// All of its memory is here.
-    fn completed(&self);
+    fn completed(&self, root: i32);
     /// What is known of another session.
     fn answer(&self, session: &str) -> wire::Answer;
 }
@@ -162,6 +171,8 @@ fn serve(
         store.insert(&name, bytes.to_vec()).context("take an image")?;
     }
     let image = TreeImage::load(&store)?;
+    // A packet that comes before its socket would be answered with a reset.
+    let lock = lock_connections(&image)?;
     // The address must be here before sockets can be bound to it; it is announced when the tree runs.
     let address = moved.as_ref().map(address::Added::add).transpose()?;
     let mut put = put_together(build, &sink, &image, &store, &restore_options, &last)?;
@@ -185,8 +196,10 @@ fn serve(
     }
     let committed = Instant::now();
     let pid = put.ready.root_pid().unwrap_or_default();
+    registry.committed(pid)?;
+    drop(lock);
     let ran = put.ready.go()?;
-    registry.running();
+    registry.running(pid);
     if let Some(address) = address {
         address.keep_and_announce();
     }
@@ -201,17 +214,31 @@ fn serve(
         }),
     );
     if put.lazy.is_empty() {
-        registry.completed();
+        registry.completed(pid);
         told.ok();
     } else {
         let finished = follow(put.lazy, faults, &options.runtime, observer)?;
-        registry.completed();
+        registry.completed(pid);
         observer.note(&format!("{}: all memory is here", begin.name));
         send(session, Body::Finished(finished)).ok();
     }
     session.close_blocking().ok();
     let _ = pump.finished_blocking();
     Ok(Outcome::Running { pid })
+}
+
+/// Keeps packets of the tree's connections away until its sockets are there.
+fn lock_connections(image: &TreeImage) -> Result<Option<NetworkLock>> {
+    let mut connections = Vec::new();
+    for entry in image.files.values() {
+        connections.extend(crate::resource::fd::kind_of(entry)?.connection_of(entry)?);
+    }
+    if connections.is_empty() {
+        return Ok(None);
+    }
+    let mut lock = NetworkLock::new_in_current_netns().context("lock the network")?;
+    lock.lock(&connections).context("lock the network")?;
+    Ok(Some(lock))
 }
 
 /// Every reason why this tree cannot run here, as far as it can be told without making anything.

@@ -8,7 +8,9 @@ use whimbrel_page_server::proto::Role;
 use whimbrel_page_server::transport::{Endpoint, FaultLink, Incoming, RefusalCode};
 
 use super::destination::{self, Observer, Options, Registry};
+use super::journal::Arrivals;
 use super::wire::Answer;
+use crate::error::Result;
 
 /// How many ended migrations are remembered, for sources that come back and ask.
 const REMEMBERED: usize = 1024;
@@ -17,12 +19,14 @@ const REMEMBERED: usize = 1024;
 struct State {
     waiting: bool,
     running: bool,
+    complete: bool,
     faults: Option<Sender<FaultLink>>,
 }
 
 /// All migrations of a host.
 #[derive(Default)]
 pub struct Migrations {
+    arrivals: Option<Arrivals>,
     states: Mutex<HashMap<String, State>>,
     order: Mutex<Vec<String>>,
 }
@@ -32,12 +36,21 @@ impl Migrations {
         self.states.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
-    /// What is known of a session. One that is unknown never ran here.
+    /// What is known of a session: from memory, or from the note of a server before us. One that is unknown never ran here.
     pub fn answer(&self, session: &str) -> Answer {
-        let states = self.lock();
-        states.get(session).map_or(Answer::default(), |state| Answer {
+        let known = self.lock().get(session).map(|state| Answer {
             running: state.running,
             waiting: state.waiting,
+            complete: state.complete,
+        });
+        known.unwrap_or_else(|| {
+            let running = self.arrivals.as_ref().is_some_and(|arrivals| arrivals.has(session));
+            // Nobody fetches for it any more; if something is missing, it waits for ever, and the source must not end.
+            Answer {
+                running,
+                waiting: false,
+                complete: running && self.arrivals.as_ref().is_some_and(|a| a.is_complete(session)),
+            }
         })
     }
 
@@ -76,6 +89,16 @@ struct One {
     session: String,
 }
 
+impl One {
+    fn note(&self, root: i32, complete: bool) {
+        if let Some(arrivals) = &self.all.arrivals
+            && let Err(error) = arrivals.note(&self.session, root, true, complete)
+        {
+            tracing::warn!(error = error.chain(), "an arrival was not noted");
+        }
+    }
+}
+
 impl Registry for One {
     fn waiting(&self) {
         if let Some(state) = self.all.lock().get_mut(&self.session) {
@@ -83,16 +106,25 @@ impl Registry for One {
         }
     }
 
-    fn running(&self) {
-        if let Some(state) = self.all.lock().get_mut(&self.session) {
-            state.running = true;
-        }
+    fn committed(&self, root: i32) -> Result<()> {
+        self.all
+            .arrivals
+            .as_ref()
+            .map_or(Ok(()), |arrivals| arrivals.note(&self.session, root, false, false))
     }
 
-    fn completed(&self) {
+    fn running(&self, root: i32) {
         if let Some(state) = self.all.lock().get_mut(&self.session) {
-            state.waiting = false;
+            (state.running, state.waiting) = (true, false);
         }
+        self.note(root, false);
+    }
+
+    fn completed(&self, root: i32) {
+        if let Some(state) = self.all.lock().get_mut(&self.session) {
+            state.complete = true;
+        }
+        self.note(root, true);
     }
 
     fn answer(&self, session: &str) -> Answer {
@@ -102,7 +134,10 @@ impl Registry for One {
 
 /// Takes migrations until the endpoint is closed. Each runs on a thread of its own.
 pub async fn serve(endpoint: &Endpoint, options: &Options, observer: Arc<dyn Observer>) {
-    let all = Arc::new(Migrations::default());
+    let all = Arc::new(Migrations {
+        arrivals: options.arrivals.clone(),
+        ..Migrations::default()
+    });
     while let Some(incoming) = endpoint.accept().await {
         match incoming {
             Ok(incoming) => take(incoming, &all, options, &observer).await,

@@ -3,7 +3,6 @@
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use whimbrel_images::page::{MemoryObject, PAGE_SIZE, PageSink, PageSource};
@@ -60,7 +59,10 @@ pub struct Options {
 
 /// What is called at named moments: `network-lock`, `pre-resume` and so on.
 #[derive(Clone, Default)]
-pub struct Hooks(pub Option<Arc<dyn Fn(&str) -> Result<()> + Send + Sync>>);
+pub struct Hooks(pub Option<Hook>);
+
+/// A function of the moment's name.
+pub type Hook = Arc<dyn Fn(&str) -> Result<()> + Send + Sync>;
 
 impl std::fmt::Debug for Hooks {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -543,25 +545,14 @@ impl Migration<'_> {
     fn follow(&mut self, frozen: &FrozenTree, lazy: Vec<(u32, RunSet)>) -> Result<()> {
         let started = Instant::now();
         let source: Arc<dyn PageSource> = Arc::new(FrozenPages::open(frozen, &lazy)?);
-        let over = Arc::new(AtomicBool::new(false));
-        let request = SessionRequest {
-            role: Role::Faults { initiator_serves: true },
-            session_id: self.request.session_id,
-        };
-        let (endpoint, destination, told) = (self.endpoint.clone(), self.options.destination, over.clone());
-        let serving = self.runtime.handle().spawn(async move {
-            let server = FaultServer::new(source, None);
-            while !told.load(Ordering::Relaxed) {
-                let link = async { endpoint.connect(destination).await?.open_faults(request).await };
-                match link.await {
-                    Ok(link) => drop(server.serve(link).await),
-                    Err(error) => tracing::warn!(%error, "the connection for page requests is down; trying again"),
-                }
-                if !told.load(Ordering::Relaxed) {
-                    tokio::time::sleep(Duration::from_millis(100)).await;
-                }
-            }
-        });
+        let session_id = self.request.session_id;
+        let serving = serve_pages(
+            self.runtime,
+            self.endpoint,
+            self.options.destination,
+            session_id,
+            source,
+        );
         let finished = loop {
             match self.receive("await the end of post-copy") {
                 Ok(Body::Finished(finished)) => break Some(finished),
@@ -576,7 +567,6 @@ impl Migration<'_> {
                 }
             }
         };
-        over.store(true, Ordering::Relaxed);
         serving.abort();
         let finished = finished.unwrap_or_default();
         self.report.followed = Some(Followed {
@@ -591,8 +581,7 @@ impl Migration<'_> {
 
     fn ask_finished(&self) -> bool {
         let session = self.request.session_id.to_string();
-        ask_state(self.runtime, self.endpoint, self.options.destination, &session)
-            .is_some_and(|answer| answer.running && !answer.waiting)
+        ask_state(self.runtime, self.endpoint, self.options.destination, &session).is_some_and(|answer| answer.complete)
     }
 
     /// The tree lives there: what is left of it here goes, without a word to anybody.
@@ -711,6 +700,32 @@ fn select_last(
     Ok(((needed.subtract(&later), gone), later))
 }
 
+/// Serves pages over as many connections as it takes, until aborted.
+fn serve_pages(
+    runtime: &Runtime,
+    endpoint: &Endpoint,
+    destination: SocketAddr,
+    session_id: SessionId,
+    source: Arc<dyn PageSource>,
+) -> tokio::task::JoinHandle<()> {
+    let request = SessionRequest {
+        role: Role::Faults { initiator_serves: true },
+        session_id,
+    };
+    let endpoint = endpoint.clone();
+    runtime.handle().spawn(async move {
+        let server = FaultServer::new(source, None);
+        loop {
+            let link = async { endpoint.connect(destination).await?.open_faults(request).await };
+            match link.await {
+                Ok(link) => drop(server.serve(link).await),
+                Err(error) => tracing::warn!(%error, "the connection for page requests is down; trying again"),
+            }
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    })
+}
+
 /// Finishes what an earlier run of ours decided and did not see through.
 fn recover(runtime: &Runtime, endpoint: &Endpoint, options: &Options) -> Result<()> {
     let Some(decision) = options.journal.read(options.pid)? else {
@@ -730,24 +745,102 @@ fn recover(runtime: &Runtime, endpoint: &Endpoint, options: &Options) -> Result<
             .object(decision.destination.clone())
             .hint("the tree stays stopped until that host answers: start `whimbrel serve` there again")
     };
-    match ask_once(runtime, endpoint, destination, &decision.session) {
-        None => Err(failed().because("it does not answer")),
-        Some(true) => {
-            for &(pid, _) in decision.tasks.iter().filter(|task| alive(task)) {
-                sys::kill(pid, libc::SIGKILL).context("end the old copy")?;
+    let pids: Vec<i32> = decision
+        .tasks
+        .iter()
+        .filter(|task| alive(task))
+        .map(|&(pid, _)| pid)
+        .collect();
+    match ask_patiently(runtime, endpoint, destination, &decision.session) {
+        None => Err(failed().because("it does not answer, or has not decided")),
+        Some(answer) if answer.running => {
+            if !answer.complete {
+                serve_again(runtime, endpoint, destination, &decision.session, &pids)?;
             }
+            end_old_copy(&pids)?;
             options.journal.clear(options.pid)?;
-            Err(Error::new("migrate")
-                .task(options.pid)
-                .because("it runs at the destination already, since an earlier migration; the old copy was ended"))
+            let why = "it runs at the destination already, since an earlier migration; the old copy was ended";
+            Err(Error::new("migrate").task(options.pid).because(why))
         }
-        Some(false) => {
-            for &(pid, _) in decision.tasks.iter().filter(|task| alive(task)) {
+        Some(_) => {
+            for pid in pids {
                 sys::kill(pid, libc::SIGCONT).context("let the tree go on")?;
             }
             options.journal.clear(options.pid)
         }
     }
+}
+
+/// Asks for as long as a destination keeps a tree whose source it has lost.
+fn ask_patiently(
+    runtime: &Runtime,
+    endpoint: &Endpoint,
+    destination: SocketAddr,
+    session: &str,
+) -> Option<wire::Answer> {
+    for _ in 0..60 {
+        match ask_state(runtime, endpoint, destination, session) {
+            Some(answer) if answer.waiting && !answer.running => std::thread::sleep(ASK_AGAIN),
+            answer => return answer,
+        }
+    }
+    None
+}
+
+/// Goes on serving the pages of a stopped tree whose server died, until the destination has them all.
+fn serve_again(
+    runtime: &Runtime,
+    endpoint: &Endpoint,
+    destination: SocketAddr,
+    session: &str,
+    pids: &[i32],
+) -> Result<()> {
+    let mut tasks = Vec::new();
+    for &pid in pids {
+        let (_, status) = read_ids(pid)?;
+        tasks.push((pid, status.ns_pid.last().copied().unwrap_or(pid) as u32));
+    }
+    let session_id = session.parse().context("read the decision")?;
+    let serving = serve_pages(
+        runtime,
+        endpoint,
+        destination,
+        session_id,
+        Arc::new(FrozenPages::of_stopped(&tasks)?),
+    );
+    while !ask_state(runtime, endpoint, destination, session).is_some_and(|answer| answer.complete) {
+        std::thread::sleep(ASK_AGAIN);
+    }
+    serving.abort();
+    Ok(())
+}
+
+/// Ends a stopped tree that lives elsewhere, without a word to its peers.
+fn end_old_copy(pids: &[i32]) -> Result<()> {
+    use std::os::fd::AsFd;
+    let mut held = Vec::new();
+    let mut lock = NetworkLock::new_in_current_netns().context("lock the network")?;
+    for &pid in pids {
+        let mut collected = Collected::default();
+        let pidfd = sys::pidfd_open(pid).with(|| Error::new("open a pidfd").task(pid))?;
+        collected.look_at_running(pid, pidfd.as_fd())?;
+        let connections = collected.connections()?;
+        if !connections.is_empty() {
+            lock.lock(&connections).context("lock the network")?;
+        }
+        collected.abandon_files()?;
+        held.push((collected, pidfd));
+    }
+    for &pid in pids {
+        sys::kill(pid, libc::SIGKILL).context("end the old copy")?;
+    }
+    for (_, pidfd) in &held {
+        // Readable when the process is gone, and with it its descriptors; ours are closed after that.
+        let mut fds = [rustix::event::PollFd::new(pidfd, rustix::event::PollFlags::IN)];
+        let wait = rustix::event::Timespec { tv_sec: 10, tv_nsec: 0 };
+        let _ = rustix::event::poll(&mut fds, Some(&wait));
+    }
+    Ok(())
 }
 
 /// Does the tree of a session run there? `None` when nobody answers, or it is still open.

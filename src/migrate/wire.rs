@@ -164,6 +164,9 @@ pub struct Answer {
     /// It waits for Commit here.
     #[prost(bool, tag = "2")]
     pub waiting: bool,
+    /// All of its memory is here.
+    #[prost(bool, tag = "3")]
+    pub complete: bool,
 }
 
 /// Any message.

@@ -3,12 +3,14 @@
 //! From the moment a thread's registers differ from what they were until they are back, the thread stands so that it
 //! would restore itself if the controller died: first through a chain of signal frames below its stack (see
 //! `arch::build_heal_chain`), then, while it waits in the stub, because end of file on its descriptor leads there.
+//! Descriptors that the process makes for us are noted in the stub's context, by the program that makes them, so that the
+//! stub closes them on its way home.
 
 use std::collections::HashMap;
 use std::os::fd::{BorrowedFd, OwnedFd};
 
 use super::memory::{RemoteAddr, RemoteMemory};
-use super::program::{Arg, Expect, Outcome, Program};
+use super::program::{Arg, Buffer, Expect, Outcome, Program};
 use super::tracee::{Running, StopReason, Stopped, Waited};
 use crate::arch::{self, Registers, XState};
 use crate::error::{Context, Error, Result};
@@ -17,6 +19,9 @@ use crate::stub::{StubContext, layout};
 
 /// Bytes of arena that a living process gets.
 const ARENA_SIZE: u64 = 512 << 10;
+
+/// Where in the context the second descriptor is.
+const DESCRIPTOR_OF_OURS: u64 = std::mem::offset_of!(StubContext, descriptors) as u64 + 4;
 
 /// Code of the program itself that the first injected call borrows.
 #[derive(Clone, Copy, Debug)]
@@ -200,7 +205,6 @@ impl StubProcess {
         let mut home = Home::of(&leader)?;
         let chain = stub.protect(&leader, &mut home, maps)?;
 
-        leader.set_signal_mask(u64::MAX)?;
         let prot = libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC;
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE | libc::MAP_NORESERVE;
         let args = [arena.0, ARENA_SIZE, prot as u64, flags as u64, u64::MAX, 0];
@@ -247,7 +251,6 @@ impl StubProcess {
         let tid = thread.tid();
         let mut home = Home::of(&thread)?;
         let chain = self.protect(&thread, &mut home, maps)?;
-        thread.set_signal_mask(u64::MAX)?;
         let visitor = Visitor {
             tid,
             state: State::Outside(thread),
@@ -374,6 +377,7 @@ impl StubProcess {
             heal_stack: chain.stack,
             restore_only_stack: chain.restore_only_stack,
             popped: 8 * self.gadgets.pops as u64,
+            guest: u64::from(visitor.slot != 0),
             active: (self.arena + layout::ACTIVE).0,
             patience: [0, 20_000_000],
             ..StubContext::default()
@@ -451,6 +455,12 @@ impl StubProcess {
         let mut program = Program::new();
         let forever = program.data(&[0u8; 16]);
         program.call("close the other end", libc::SYS_close, &[ours.into()]);
+        let none = program.data(&(-1i32).to_le_bytes());
+        let (there, size) = ((context + DESCRIPTOR_OF_OURS).0, 4);
+        let to = program.data(&[there.to_le_bytes(), u64::to_le_bytes(size)].concat());
+        let from = program.data(&[[0; 8], u64::to_le_bytes(size)].concat());
+        program.store_address(from, 0, none);
+        note(&mut program, to, from);
         program.call(
             "wait for ever",
             libc::SYS_setsockopt,
@@ -465,10 +475,44 @@ impl StubProcess {
         self.run(visitor, &program).map(drop)
     }
 
+    /// Has a visitor make a descriptor by one system call, and takes it out of the process. Whenever we die, the process
+    /// does not keep it.
+    ///
+    /// # Errors
+    /// When the call fails, or the process dies.
+    pub fn make_descriptor(&mut self, visitor: &mut Visitor, what: &str, nr: i64, args: &[Arg]) -> Result<OwnedFd> {
+        let context = self.arena + layout::CONTEXT[visitor.slot];
+        let noted = |address: u64| [address.to_le_bytes(), u64::to_le_bytes(4)].concat();
+        let mut program = Program::new();
+        let made = program.call(what, nr, args);
+        let to = program.data(&noted((context + DESCRIPTOR_OF_OURS).0));
+        let from = program.data(&noted((self.arena + layout::PROGRAM).0 + program.result_offset(made)));
+        note(&mut program, to, from);
+        let remote = self.run(visitor, &program)?.result(made) as i32;
+        let taken = crate::kernel::sys::take_descriptor(self.pid, remote).with(|| {
+            Error::new(what.to_owned())
+                .task(self.pid)
+                .because("its descriptor cannot be taken")
+        });
+
+        let mut program = Program::new();
+        let none = program.data(&(-1i32).to_le_bytes());
+        program.call("close a descriptor of ours", libc::SYS_close, &[remote.into()]);
+        let to = program.data(&noted((context + DESCRIPTOR_OF_OURS).0));
+        let from = program.data(&noted(0));
+        program.store_address(from, 0, none);
+        note(&mut program, to, from);
+        self.run(visitor, &program)?;
+        taken
+    }
+
     fn start(&self, thread: Stopped, home: &Home, slot: usize, first: u64, end: u64) -> Result<Running> {
         let entry = self.arena.0 + layout::TEXT + arch::entry_offset();
         let context = self.arena.0 + layout::CONTEXT[slot];
-        thread.set_registers(&home.registers.at_stub(entry, first, end, true, context))?;
+        let stack = home.stack.as_ref().map_or(0, |(address, _)| address.0);
+        thread.set_registers(&home.registers.at_stub(entry, stack, first, end, true, context))?;
+        // After the registers, so that whoever has it blocked also finds the way to unblock it.
+        thread.set_signal_mask(u64::MAX)?;
         thread.resume()
     }
 
@@ -535,6 +579,19 @@ impl StubProcess {
             });
         }
     }
+}
+
+/// Copies a word inside the process: the program itself notes what it did, however early the controller dies. Two vectors
+/// of struct iovec, one element each. A process may always read itself (ptrace(2), "Ptrace access mode checking").
+fn note(program: &mut Program, to: Buffer, from: Buffer) {
+    let pid = program.call("get its pid", libc::SYS_getpid, &[]);
+    let args = [pid.into(), to.into(), 1.into(), from.into(), 1.into(), 0.into()];
+    program.call_expecting(
+        "note a descriptor",
+        Expect::Exactly(4),
+        libc::SYS_process_vm_readv,
+        &args,
+    );
 }
 
 /// Closes a descriptor of a process, which is stopped for that moment, if it is `still` the one that is meant.
@@ -622,10 +679,11 @@ fn os_error(result: i64) -> std::io::Error {
 }
 
 fn restore_home(thread: &Stopped, memory: &RemoteMemory, home: &Home) -> Result<()> {
-    // Registers first: with them in place the thread no longer needs the chain.
-    thread.set_registers(&home.registers)?;
-    thread.set_xstate(&home.xstate)?;
+    // Until the registers are set, our death still leads through the chain, which restores all of it; with them in place
+    // the thread no longer needs it. Never the other way round: nobody would unblock its signals.
     thread.set_signal_mask(home.mask)?;
+    thread.set_xstate(&home.xstate)?;
+    thread.set_registers(&home.registers)?;
     match &home.stack {
         Some((address, bytes)) => memory.write(*address, bytes),
         None => Ok(()),
@@ -655,6 +713,7 @@ fn borrowed_call(
 ) -> Result<(Stopped, i64)> {
     let tid = thread.tid();
     thread.set_registers(&home.registers.at_syscall(gadgets.syscall.0, stack, nr as u64, args))?;
+    thread.set_signal_mask(u64::MAX)?;
     let mut running = thread.resume_to_syscall()?;
     let mut stops = 0;
     loop {

@@ -2,6 +2,9 @@
 
 use crate::stub::Call;
 
+/// Where in a call its result is.
+const RESULT: usize = std::mem::offset_of!(Call, result);
+
 /// Handle of a call in its program: the place of its result.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CallId(usize);
@@ -181,6 +184,11 @@ impl Program {
         (self.steps.len() * size_of::<Call>()) as u64
     }
 
+    /// Offset of a call's result, a word.
+    pub(super) fn result_offset(&self, CallId(call): CallId) -> u64 {
+        (call * size_of::<Call>() + RESULT) as u64
+    }
+
     fn data_offset(&self) -> usize {
         (self.steps.len() * size_of::<Call>()).next_multiple_of(64)
     }
@@ -207,7 +215,7 @@ impl Program {
                     Arg::Word(buffer, at) => (1, data + (buffer.offset + at) as u64),
                     Arg::Int(buffer, at) => (2, data + (buffer.offset + at) as u64),
                     Arg::IntAt(address) => (2, address),
-                    Arg::Result(CallId(call)) => (1, base + (call * size_of::<Call>() + 72) as u64),
+                    Arg::Result(call) => (1, base + self.result_offset(call)),
                 };
                 (call.kinds[index], call.args[index]) = (kind, value);
             }
@@ -226,7 +234,7 @@ impl Program {
     pub(super) fn decode(&self, bytes: &[u8], stopped_at: usize) -> Outcome {
         let results = (0..self.steps.len())
             .map(|index| {
-                let at = index * size_of::<Call>() + 72;
+                let at = index * size_of::<Call>() + RESULT;
                 i64::from_le_bytes(bytes[at..at + 8].try_into().unwrap_or_default())
             })
             .collect();

@@ -145,7 +145,7 @@ impl Puppet {
         let entry = arena.0.0 + layout::TEXT + arch::entry_offset();
         let registers = stopped
             .registers()?
-            .at_stub(entry, base.0, base.0 + program.end_offset(), false, 0);
+            .at_stub(entry, 0, base.0, base.0 + program.end_offset(), false, 0);
         stopped.set_registers(&registers)?;
         let stopped = self.await_trap(stopped.resume()?, newborn)?;
         let position = stopped.registers()?.stub_position();
@@ -165,12 +165,10 @@ impl Puppet {
                     return Err(Error::new("run a program").task(self.tid).because(how));
                 }
                 Waited::Stopped(stopped, StopReason::Signal(libc::SIGTRAP)) => return Ok(stopped),
-                Waited::Stopped(stopped, StopReason::Event(event))
-                    if matches!(
-                        event,
-                        libc::PTRACE_EVENT_FORK | libc::PTRACE_EVENT_CLONE | libc::PTRACE_EVENT_VFORK
-                    ) =>
-                {
+                Waited::Stopped(
+                    stopped,
+                    StopReason::Event(libc::PTRACE_EVENT_FORK | libc::PTRACE_EVENT_CLONE | libc::PTRACE_EVENT_VFORK),
+                ) => {
                     let tid = stopped.event_message()? as i32;
                     let child = await_birth(tid)?;
                     newborn.insert(
@@ -240,7 +238,7 @@ impl Puppet {
         let entry = arena.0.0 + layout::TEXT + arch::entry_offset();
         let registers = stopped
             .registers()?
-            .at_stub(entry, base.0, base.0 + program.end_offset(), false, 0);
+            .at_stub(entry, 0, base.0, base.0 + program.end_offset(), false, 0);
         stopped.set_registers(&registers)?;
         let mut running = stopped.resume()?;
         loop {

@@ -143,10 +143,8 @@ impl Build {
     fn create_descendants(&mut self, skeleton: &Skeleton) -> Result<()> {
         for (entry, zombie) in &skeleton.tasks {
             let outside = !skeleton.tasks.iter().any(|(other, _)| other.pid == entry.sid);
-            if entry.ppid == 0 {
-                if entry.sid != entry.pid && outside && self.options.new_session {
-                    self.new_session(entry.pid)?;
-                }
+            if entry.ppid == 0 && entry.sid != entry.pid && outside && self.options.new_session {
+                self.new_session(entry.pid)?;
             }
             if *zombie && entry.ppid == 0 {
                 return Err(Error::new("restore")

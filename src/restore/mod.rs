@@ -1,7 +1,7 @@
 //! Putting a tree together: the order of things, and no knowledge of any of them.
 //!
 //! A [`Build`] holds a tree under construction. Its steps are called in this order, each for the whole tree: tasks,
-//! memory, contents, everything else, go. Until [`Build::go`] nothing of the tree runs, and dropping the build removes
+//! memory, contents, everything else, go. Until [`state::Ready::go`] nothing of the tree runs, and dropping the build removes
 //! all of it.
 
 pub mod build;

@@ -21,6 +21,9 @@ use crate::resource::mem::{bounds, mapping, mapping::status};
 use crate::resource::{Installing, Stage, TASK_KINDS};
 use crate::tree::{TaskImage, TreeImage, task_state};
 
+/// Bytes to write over a task's own vdso, by address.
+type Patches = Vec<(u64, Vec<u8>)>;
+
 /// A tree that is whole and waits for its last step.
 pub struct Ready<'a> {
     build: Build,
@@ -474,7 +477,12 @@ fn set_registers(puppet: &Puppet, core: &CoreEntry) -> Result<()> {
         .ok_or_else(|| Error::new("restore registers").because("the image has none for this architecture"))?;
     let stopped = puppet.stopped()?;
     let (registers, xstate) = arch::from_image(info, &stopped.xstate()?)?;
-    stopped.set_registers(&registers.for_restore())?;
+    let queues = [
+        core.thread_core.as_ref().and_then(|thread| thread.signals_p.as_ref()),
+        core.tc.as_ref().and_then(|task| task.signals_s.as_ref()),
+    ];
+    let pending = queues.into_iter().flatten().any(|queue| !queue.signals.is_empty());
+    stopped.set_registers(&registers.for_restore(pending))?;
     stopped.set_xstate(&xstate)?;
     let mask = core.thread_core.as_ref().and_then(|thread| thread.blk_sigset);
     stopped.set_signal_mask(mask.or_else(|| core.tc.as_ref().map(|tc| tc.blk_sigset)).unwrap_or(0))
@@ -603,15 +611,12 @@ fn vdso_contents(task: &TaskImage, pages: &PageStore) -> Result<Option<Vec<u8>>>
     Ok(states.contains(&PageState::Data).then_some(code))
 }
 
-/// Bytes to be written over a task's own vdso, by address.
-type Patches = (u32, Vec<(u64, Vec<u8>)>);
-
 /// Writes the contents of all memory, in as many threads as there are processors.
 fn fill(
     sink: &MemorySink,
     pages: &PageStore,
     image: &TreeImage,
-    patches: &[Patches],
+    patches: &[(u32, Patches)],
     lazy: &HashMap<u32, RunSet>,
 ) -> Result<()> {
     use std::os::unix::fs::FileExt;

@@ -8,7 +8,7 @@
 pub struct Call {
     /// System call number.
     pub nr: u32,
-    /// When the program goes on: see [`Expect`].
+    /// When the program goes on: see [`Expect`](crate::remote::Expect).
     pub expect: u32,
     /// Per argument: 0 the value itself, 1 the u64 at that address, 2 the i32 at that address, sign extended.
     pub kinds: [u8; 8],
@@ -53,7 +53,8 @@ pub mod layout {
 #[derive(Clone, Copy, Debug, Default)]
 #[repr(C)]
 pub struct StubContext {
-    /// The descriptor it reports on and waits on (-1 until there is one), and the controller's end until that is taken.
+    /// The descriptor it reports on and waits on (-1 until there is one), and one that the controller is about to take
+    /// (-1 for none): its own end at first.
     pub descriptors: [i32; 2],
     /// Written by the controller through the descriptor: first call and end of the next program.
     pub command: [u64; 2],
@@ -65,17 +66,23 @@ pub struct StubContext {
     pub restore_only_stack: u64,
     /// Bytes that the borrowed `syscall; pop…; ret` pops before it returns.
     pub popped: u64,
-    /// Unused.
-    pub reserved: u64,
+    /// 1 for a thread that only visits: it goes home alone, and the first one takes the arena and the descriptors away.
+    pub guest: u64,
     /// Address of the number of active threads.
     pub active: u64,
-    /// How long the last thread waits for the others to leave the arena.
+    /// How long the first thread waits before it looks whether the guest has left the arena; it looks
+    /// [`GUEST_LOOKS`] times at most.
     pub patience: [u64; 2],
 }
+
+/// How often the first thread looks for the guest. A guest that was announced may never have come, and one that went may
+/// not have been struck off: the controller can die in between.
+pub const GUEST_LOOKS: u32 = 50;
 
 const _: () = assert!(size_of::<StubContext>() == 88 && std::mem::offset_of!(StubContext, active) == 64);
 const _: () = assert!(std::mem::offset_of!(StubContext, heal_stack) == 32);
 const _: () = assert!(std::mem::offset_of!(StubContext, popped) == 48);
+const _: () = assert!(std::mem::offset_of!(StubContext, guest) == 56);
 const _: () = assert!(std::mem::offset_of!(StubContext, patience) == 72);
 
 impl StubContext {
@@ -92,7 +99,7 @@ impl StubContext {
             self.heal_stack,
             self.restore_only_stack,
             self.popped,
-            self.reserved,
+            self.guest,
             self.active,
             self.patience[0],
             self.patience[1],

@@ -68,6 +68,24 @@ impl fmt::Display for SessionId {
     }
 }
 
+/// The text is no session id.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("a session id has 32 hexadecimal digits")]
+pub struct ParseSessionIdError;
+
+impl std::str::FromStr for SessionId {
+    type Err = ParseSessionIdError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let digits = (text.len() == 32)
+            .then(|| u128::from_str_radix(text, 16).ok())
+            .flatten();
+        digits
+            .map(|number| Self(number.to_be_bytes()))
+            .ok_or(ParseSessionIdError)
+    }
+}
+
 impl fmt::Debug for SessionId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "SessionId({self})")

@@ -5,7 +5,7 @@ use std::arch::x86_64::{__cpuid, __cpuid_count, CpuidResult};
 use whimbrel_images::proto::CpuinfoX86Entry;
 use whimbrel_images::proto::cpuinfo_x86_entry::Vendor;
 
-/// `capability_ver` of our images: which registers of which CPUID leaves the words are (see [`words`]). CRIU numbers its
+/// `capability_ver` of our images: which registers of which CPUID leaves the words are (see `words`). CRIU numbers its
 /// own orders from 1; this is none of them.
 pub const CAPABILITY_VERSION: u32 = 0x5748;
 

@@ -24,9 +24,10 @@ impl Registers {
     }
 
     /// A thread with these registers runs the stub: see `stub_text` for the meaning.
-    pub fn at_stub(mut self, entry: u64, first_call: u64, end: u64, waiting: bool, context: u64) -> Self {
+    /// The stub needs no stack, but a signal might: between our death and the first instruction, for example.
+    pub fn at_stub(mut self, entry: u64, stack: u64, first_call: u64, end: u64, waiting: bool, context: u64) -> Self {
         let r = &mut self.0;
-        (r.rip, r.rsp, r.orig_rax, r.eflags) = (entry, 0, u64::MAX, 0x202);
+        (r.rip, r.rsp, r.orig_rax, r.eflags) = (entry, stack, u64::MAX, 0x202);
         (r.rbx, r.rbp, r.r14, r.r15) = (first_call, end, waiting as u64, context);
         self
     }
@@ -109,13 +110,13 @@ impl Registers {
         self
     }
 
-    /// Registers for a thread in another kernel object: as [`Registers::restarted`] only where the restart block
-    /// matters, otherwise left for the kernel to restart when the thread resumes.
-    pub fn for_restore(self) -> Self {
-        if self.result() == ERESTART_RESTARTBLOCK {
-            self.restarted()
-        } else {
+    /// Registers for a thread in another kernel object. An interrupted system call starts again; with a signal pending that
+    /// decision is the kernel's, which knows the handler's flags, as far as it can be (its restart block is not there).
+    pub fn for_restore(self, signal_pending: bool) -> Self {
+        if signal_pending && self.result() != ERESTART_RESTARTBLOCK {
             self
+        } else {
+            self.restarted()
         }
     }
 }

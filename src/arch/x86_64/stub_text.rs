@@ -10,7 +10,8 @@
 //! | r15 | the context (`stub::StubContext`), used when r14 is 1 |
 //!
 //! Where it waits, it waits in `read(2)` on a socket whose other end is the controller's. End of file means that the
-//! controller is gone: the thread then goes back to what it was, and the last one unmaps the arena.
+//! controller is gone: the thread then goes back to what it was, and the first one, last, closes what is ours and unmaps the
+//! arena.
 
 use std::arch::global_asm;
 
@@ -79,13 +80,24 @@ global_asm!(
     "je 32b",
     // The controller is gone.
     "mov rcx, [r15 + 64]",
-    "lock dec qword ptr [rcx]",
-    "jnz 40f",
-    "lea rdi, [r15 + 72]", // let the others leave the arena first
+    "cmp qword ptr [r15 + 56], 0",
+    "je 34f",
+    "lock dec qword ptr [rcx]", // a guest goes home alone
+    "jmp 40f",
+    "34: mov r12d, {looks}",
+    "35: lea rdi, [r15 + 72]", // let a guest leave the arena first
     "xor esi, esi",
     "mov eax, 35",
     "syscall",
-    "mov edi, [r15]",
+    "mov rcx, [r15 + 64]",
+    "cmp qword ptr [rcx], 1",
+    "jbe 36f",
+    "dec r12d",
+    "jnz 35b",
+    "36: mov edi, [r15]",
+    "mov eax, 3",
+    "syscall",
+    "mov edi, [r15 + 4]", // close(-1) is harmless
     "mov eax, 3",
     "syscall",
     "mov rsp, [r15 + 32]",
@@ -100,6 +112,7 @@ global_asm!(
     ".hidden whimbrel_stub_end",
     "whimbrel_stub_end:",
     ".popsection",
+    looks = const crate::stub::GUEST_LOOKS,
 );
 
 unsafe extern "C" {

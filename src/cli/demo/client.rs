@@ -47,7 +47,10 @@ impl Client {
         };
         output.set_nodelay(true)?;
         output.set_read_timeout(Some(Duration::from_secs(20)))?;
-        Ok(Client { input: BufReader::with_capacity(1 << 16, output.try_clone()?), output })
+        Ok(Client {
+            input: BufReader::with_capacity(1 << 16, output.try_clone()?),
+            output,
+        })
     }
 
     fn line(&mut self) -> std::io::Result<String> {
@@ -88,7 +91,10 @@ impl Client {
 
     /// Counts on the server, several requests under way, until told to stop. Each reply must be one more than the last.
     pub fn count(&mut self, stop: &AtomicBool) -> Seen {
-        let mut seen = Seen { survived: true, ..Seen::default() };
+        let mut seen = Seen {
+            survived: true,
+            ..Seen::default()
+        };
         let (mut sent, mut last) = (0u64, Instant::now());
         let request = b"*2\r\n$4\r\nINCR\r\n$7\r\ncounter\r\n";
         loop {
@@ -113,7 +119,8 @@ impl Client {
                     seen.longest_gap_ms = seen.longest_gap_ms.max((now - last).as_secs_f64() * 1e3);
                     last = now;
                 }
-                Err(_) => {
+                Err(error) => {
+                    tracing::error!(%error, "the connection broke");
                     seen.survived = false;
                     break;
                 }

@@ -74,7 +74,18 @@ impl Stage {
             self.directory.display()
         );
         let child = Command::new("unshare")
-            .args(["--net", "--mount", "--uts", "--pid", "--fork", "--mount-proc", "--kill-child", "sh", "-c", &setup])
+            .args([
+                "--net",
+                "--mount",
+                "--uts",
+                "--pid",
+                "--fork",
+                "--mount-proc",
+                "--kill-child",
+                "sh",
+                "-c",
+                &setup,
+            ])
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
@@ -100,7 +111,10 @@ impl Stage {
     }
 
     fn tell(&mut self, host: usize, script: &str) -> Result<()> {
-        let input = self.hosts[host].stdin.take().ok_or_else(|| Error::new("talk to a host"))?;
+        let input = self.hosts[host]
+            .stdin
+            .take()
+            .ok_or_else(|| Error::new("talk to a host"))?;
         let mut input = std::io::BufWriter::new(input);
         input.write_all(script.as_bytes()).context("talk to a host")
     }
@@ -117,7 +131,9 @@ impl Run for Demo {
             return Ok(ExitCode::SUCCESS);
         }
         if !rustix::process::geteuid().is_root() {
-            return Err(Error::new("demo").because("namespaces and chosen pids need root").hint("run it with sudo"));
+            return Err(Error::new("demo")
+                .because("namespaces and chosen pids need root")
+                .hint("run it with sudo"));
         }
         let report = self.play(context)?;
         context.event(&report);
@@ -139,8 +155,12 @@ impl Demo {
 
     fn play(&self, context: &Context) -> Result<Value> {
         let directory = std::env::temp_dir().join(format!("whimbrel-demo-{}", std::process::id()));
-        std::fs::create_dir_all(&directory).with(|| Error::new("make a directory").object(directory.display().to_string()))?;
-        let mut stage = Stage { hosts: Vec::new(), directory: directory.clone() };
+        std::fs::create_dir_all(&directory)
+            .with(|| Error::new("make a directory").object(directory.display().to_string()))?;
+        let mut stage = Stage {
+            hosts: Vec::new(),
+            directory: directory.clone(),
+        };
         let program = std::env::current_exe().context("find this program")?;
         let program = program.display();
 
@@ -151,10 +171,15 @@ impl Demo {
         link::add_address("switch", address(CLIENT), PREFIX).context("make a switch")?;
         let (source, destination) = (stage.host("alpha", SOURCE)?, stage.host("beta", DESTINATION)?);
         let source_pid = stage.hosts[source].id() as i32;
-        link::in_network_of(source_pid, || link::add_address("eth0", address(SERVICE), PREFIX)).context("add an address")?;
+        link::in_network_of(source_pid, || link::add_address("eth0", address(SERVICE), PREFIX))
+            .context("add an address")?;
 
         let identity = directory.join("identity");
-        let serve = format!("exec {program} --identity-dir {} serve --listen {}:7800\n", identity.display(), address(DESTINATION));
+        let serve = format!(
+            "exec {program} --identity-dir {} serve --listen {}:7800\n",
+            identity.display(),
+            address(DESTINATION)
+        );
         // Made first, so that both hosts find the same key.
         whimbrel_page_server::identity::Identity::load_or_create(&identity).context("make a key")?;
         stage.tell(destination, &serve)?;
@@ -163,11 +188,21 @@ impl Demo {
         let work = directory.join("work");
         std::fs::create_dir_all(&work).context("make a directory")?;
         let server = match &redis {
-            Some(path) => format!("{} --port {PORT} --bind 0.0.0.0 --protected-mode no --save '' --appendonly no", path.display()),
+            Some(path) => format!(
+                "{} --port {PORT} --bind 0.0.0.0 --protected-mode no --save '' --appendonly no",
+                path.display()
+            ),
             None => format!("{program} demo --run-store {PORT}"),
         };
-        let name = if redis.is_some() { "redis-server" } else { "the embedded key-value server" };
-        self.say(context, &format!("starting {name} on alpha, with {} MiB of data", self.size));
+        let name = if redis.is_some() {
+            "redis-server"
+        } else {
+            "the embedded key-value server"
+        };
+        self.say(
+            context,
+            &format!("starting {name} on alpha, with {} MiB of data", self.size),
+        );
         let mode = match self.mode {
             ModeArgument::PreCopy => "pre-copy",
             ModeArgument::PostCopy => "post-copy",
@@ -187,15 +222,21 @@ impl Demo {
         );
         stage.tell(source, &script)?;
 
-        let mut client = Client::connect(SocketAddr::from((address(SERVICE), PORT))).context("connect to the server")?;
+        let mut client =
+            Client::connect(SocketAddr::from((address(SERVICE), PORT))).context("connect to the server")?;
         let keys = client.fill(self.size << 20).context("fill the server")?;
-        self.say(context, &format!("{keys} keys are set; the client counts over the same connection"));
+        self.say(
+            context,
+            &format!("{keys} keys are set; the client counts over the same connection"),
+        );
         let stop = AtomicBool::new(false);
         let (seen, done) = std::thread::scope(|scope| {
             let counting = scope.spawn(|| client.count(&stop));
             std::thread::sleep(Duration::from_millis(500));
             self.say(context, &format!("migrating to beta ({mode})"));
-            let migrated = std::fs::write(&go, b"").context("begin").and_then(|()| self.watch(context, &mut stage, source));
+            let migrated = std::fs::write(&go, b"")
+                .context("begin")
+                .and_then(|()| self.watch(context, &mut stage, source));
             std::thread::sleep(Duration::from_millis(500));
             stop.store(true, Ordering::Relaxed);
             let seen = counting.join().unwrap_or_default();
@@ -203,6 +244,8 @@ impl Demo {
         })?;
         self.say(context, "checking every key over the same connection, on beta");
         let wrong_keys = client.check(keys).unwrap_or(keys);
+        let log = std::fs::read_to_string(work.join("server.log")).unwrap_or_default();
+        let last: Vec<&str> = log.lines().rev().take(3).collect();
         let right = seen.survived && seen.lost == 0 && seen.wrong == 0 && wrong_keys == 0;
         Ok(json!({
             "event": "result",
@@ -224,15 +267,21 @@ impl Demo {
             "keys": keys,
             "wrong_keys": wrong_keys,
             "connection_survived": seen.survived,
+            "server_log": last,
         }))
     }
 
     /// Shows the migration's own events; returns its last.
     fn watch(&self, context: &Context, stage: &mut Stage, source: usize) -> Result<Value> {
-        let output = stage.hosts[source].stdout.take().ok_or_else(|| Error::new("watch the migration"))?;
+        let output = stage.hosts[source]
+            .stdout
+            .take()
+            .ok_or_else(|| Error::new("watch the migration"))?;
         for line in BufReader::new(output).lines() {
             let line = line.context("watch the migration")?;
-            let Ok(event) = serde_json::from_str::<Value>(&line) else { continue };
+            let Ok(event) = serde_json::from_str::<Value>(&line) else {
+                continue;
+            };
             context.event(&event);
             match event["event"].as_str() {
                 Some("done") => return Ok(event),
@@ -259,7 +308,9 @@ fn rounded(ms: f64) -> f64 {
 
 fn find_program(name: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH")?;
-    std::env::split_paths(&path).map(|directory| directory.join(name)).find(|file| Path::is_file(file))
+    std::env::split_paths(&path)
+        .map(|directory| directory.join(name))
+        .find(|file| Path::is_file(file))
 }
 
 fn summary(report: &Value) -> String {
@@ -268,7 +319,11 @@ fn summary(report: &Value) -> String {
         "\n{}: {} moved with {:.0} MiB of memory ({:.0} MiB on the wire, {} rounds) in {:.0} ms\n\
          \x20 frozen for {} ms; the client's longest wait for a reply was {} ms\n\
          \x20 {} replies, {} lost, {} wrong; {} keys, {} wrong; the connection {}",
-        if report["right"] == true { "All is right" } else { "SOMETHING IS WRONG" },
+        if report["right"] == true {
+            "All is right"
+        } else {
+            "SOMETHING IS WRONG"
+        },
         report["server"].as_str().unwrap_or_default(),
         mib(&report["raw_bytes"]),
         mib(&report["wire_bytes"]),
@@ -281,6 +336,10 @@ fn summary(report: &Value) -> String {
         report["wrong_replies"],
         report["keys"],
         report["wrong_keys"],
-        if report["connection_survived"] == true { "survived" } else { "broke" },
+        if report["connection_survived"] == true {
+            "survived"
+        } else {
+            "broke"
+        },
     )
 }

@@ -38,10 +38,14 @@ fn answer(stream: TcpStream, keys: &Keys) -> std::io::Result<()> {
 
 /// Reads one array of bulk strings.
 fn command(input: &mut impl BufRead) -> std::io::Result<Option<Vec<Vec<u8>>>> {
-    let Some(count) = header(input, b'*')? else { return Ok(None) };
+    let Some(count) = header(input, b'*')? else {
+        return Ok(None);
+    };
     let mut words = Vec::new();
     for _ in 0..count.min(16) {
-        let Some(length) = header(input, b'$')? else { return Ok(None) };
+        let Some(length) = header(input, b'$')? else {
+            return Ok(None);
+        };
         let mut word = vec![0; length.min(1 << 20) + 2];
         input.read_exact(&mut word)?;
         word.truncate(word.len() - 2);
@@ -55,8 +59,12 @@ fn header(input: &mut impl BufRead, kind: u8) -> std::io::Result<Option<usize>> 
     if input.read_until(b'\n', &mut line)? == 0 {
         return Ok(None);
     }
-    let number = line.strip_prefix(&[kind]).and_then(|rest| std::str::from_utf8(rest).ok()?.trim().parse().ok());
-    number.map(Some).ok_or_else(|| std::io::Error::other("not the protocol"))
+    let number = line
+        .strip_prefix(&[kind])
+        .and_then(|rest| std::str::from_utf8(rest).ok()?.trim().parse().ok());
+    number
+        .map(Some)
+        .ok_or_else(|| std::io::Error::other("not the protocol"))
 }
 
 fn run(words: &[Vec<u8>], keys: &Keys) -> Vec<u8> {
@@ -71,7 +79,9 @@ fn run(words: &[Vec<u8>], keys: &Keys) -> Vec<u8> {
             None => b"$-1\r\n".to_vec(),
         },
         [verb, key] if verb == b"INCR" => {
-            let old = keys.get(key).and_then(|value| std::str::from_utf8(value).ok()?.parse::<u64>().ok());
+            let old = keys
+                .get(key)
+                .and_then(|value| std::str::from_utf8(value).ok()?.parse::<u64>().ok());
             let new = old.unwrap_or(0) + 1;
             keys.insert(key.clone(), new.to_string().into_bytes());
             format!(":{new}\r\n").into_bytes()

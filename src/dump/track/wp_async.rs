@@ -10,10 +10,9 @@ use whimbrel_lazy::ioctl::{self, Categories, Features, RegisterMode, ScanFlags, 
 use super::{Look, Tracker, is_watched};
 use crate::dump::runs::RunSet;
 use crate::error::{Context, Error, Result};
-use crate::kernel::sys;
 use crate::procfs::{self, maps::Mapping};
 use crate::remote::inject::GadgetCache;
-use crate::remote::{Gadgets, Program, StubProcess, tracee};
+use crate::remote::{Gadgets, StubProcess, tracee};
 use crate::resource::mem::pages::Pages;
 
 /// userfaultfd(2): only faults from user mode. Enough for write protection that the kernel resolves by itself, and
@@ -93,22 +92,17 @@ fn make_userfaultfd(pid: i32, maps: &[Mapping], gadgets: Gadgets) -> Result<User
     let died = || Error::new("watch memory").task(pid).because("the task died meanwhile");
     let (leader, group_stop) = tracee::seize(pid, false)?.stop()?.map_err(|_| died())?;
     let (mut stub, mut visitor) = StubProcess::inject(leader, maps, gadgets)?;
-    let mut work = || -> Result<Userfault> {
-        let mut program = Program::new();
-        let flags = libc::O_CLOEXEC | libc::O_NONBLOCK | UFFD_USER_MODE_ONLY;
-        let made = program.call("make a userfaultfd", libc::SYS_userfaultfd, &[flags.into()]);
-        let remote = stub.run(&mut visitor, &program)?.result(made) as i32;
-        let taken = sys::take_descriptor(pid, remote).with(|| Error::new("take the userfaultfd").task(pid));
-        let mut program = Program::new();
-        program.call("close the userfaultfd", libc::SYS_close, &[remote.into()]);
-        stub.run(&mut visitor, &program)?;
-        Ok(Userfault::from(taken?))
-    };
-    let result = work();
+    let flags = libc::O_CLOEXEC | libc::O_NONBLOCK | UFFD_USER_MODE_ONLY;
+    let made = stub.make_descriptor(
+        &mut visitor,
+        "make a userfaultfd",
+        libc::SYS_userfaultfd,
+        &[flags.into()],
+    );
     let leader = stub.remove(visitor)?;
     // A task that was stopped by a signal stays so: detaching with it keeps the group stop.
     leader.detach(group_stop.unwrap_or(0))?;
-    result
+    made.map(Userfault::from)
 }
 
 impl Tracker for WpAsync {

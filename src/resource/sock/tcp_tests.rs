@@ -499,7 +499,7 @@ fn echo(stream: TcpStream, mut random: Random) -> (u64, u64) {
             }
             Err(error) => assert_eq!(error.kind(), io::ErrorKind::WouldBlock),
         }
-        if random.next() % 3 == 0 {
+        if random.next().is_multiple_of(3) {
             let piece: Vec<u8> = (written..)
                 .take((random.next() % 40_000) as usize)
                 .map(byte_at)
