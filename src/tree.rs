@@ -308,6 +308,22 @@ impl TaskImage {
             .and_then(|core| core.tc.as_ref())
             .map_or(task_state::ALIVE, |tc| tc.task_state)
     }
+
+    /// Pages that the kernel writes to while the task is put together: restartable-sequence areas.
+    pub fn touched_by_kernel(&self) -> Vec<(u64, u64)> {
+        let areas = self
+            .cores
+            .iter()
+            .filter_map(|core| core.thread_core.as_ref()?.rseq_entry.as_ref());
+        let page = crate::arch::PAGE_SIZE;
+        let pages = |start: u64, size: u32| {
+            let end = start.saturating_add(u64::from(size));
+            (start / page * page, end.checked_next_multiple_of(page).unwrap_or(end))
+        };
+        areas
+            .map(|area| pages(area.rseq_abi_pointer, area.rseq_abi_size))
+            .collect()
+    }
 }
 
 /// A tree in images, without the contents of its memory.

@@ -53,6 +53,11 @@ impl Cancel {
         Ok(cancel)
     }
 
+    /// There is a way back again, with another clean-up.
+    pub fn arm_again(&self, last_line: &'static str, clean_up: impl FnOnce() + Send + 'static) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = State::Armed(Some(Box::new(clean_up)), last_line);
+    }
+
     /// There is no way back from here: signals wait until all is done.
     pub fn disarm(&self) {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = State::Finishing;

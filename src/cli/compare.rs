@@ -3,8 +3,10 @@
 //! It needs nothing from the kernel and leaves nothing in the program; the price is reading all memory and its
 //! predecessor.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
+use whimbrel::dump::runs::RunSet;
 use whimbrel_images::chain::PageStore;
 use whimbrel_images::page::{MemoryObject, PAGE_SIZE, PageRun, PageSink, PageSource, PageState};
 use whimbrel_images::sink::DirPageSink;
@@ -14,8 +16,11 @@ pub struct ComparingSink {
     inner: DirPageSink,
     parent: Arc<PageStore>,
     buffer: Vec<u8>,
+    later: HashMap<MemoryObject, RunSet>,
     /// Pages that the parent has.
     pub in_parent: u64,
+    /// Pages that differ and are not stored, since they can be asked for.
+    pub left: HashMap<MemoryObject, Vec<PageRun>>,
 }
 
 impl ComparingSink {
@@ -25,8 +30,34 @@ impl ComparingSink {
             inner: inner.with_parent(parent.clone()),
             parent,
             buffer: Vec::new(),
+            later: HashMap::new(),
             in_parent: 0,
+            left: HashMap::new(),
         }
+    }
+
+    /// Of these pages, those that differ are not stored but left to be fetched on demand.
+    pub fn leave(&mut self, object: MemoryObject, pages: RunSet) {
+        self.later.insert(object, pages);
+    }
+
+    fn store(&mut self, object: MemoryObject, run: PageRun, data: &[u8]) -> std::io::Result<()> {
+        let whole = RunSet::from_runs(&[run]);
+        let later = self
+            .later
+            .get(&object)
+            .map(|later| later.intersect(&whole))
+            .unwrap_or_default();
+        for part in later.runs() {
+            self.inner.lazy_pages(object, part)?;
+            self.left.entry(object).or_default().push(part);
+        }
+        for part in whole.subtract(&later).runs() {
+            let at = (part.start - run.start) as usize;
+            let bytes = &data[at..at + part.bytes() as usize];
+            self.inner.write_pages(object, part, bytes)?;
+        }
+        Ok(())
     }
 
     /// The sink behind.
@@ -61,7 +92,7 @@ impl PageSink for ComparingSink {
                 self.in_parent += part.pages;
             } else {
                 let bytes = &data[at * PAGE_SIZE..(at + group.len()) * PAGE_SIZE];
-                self.inner.write_pages(object, part, bytes)?;
+                self.store(object, part, bytes)?;
             }
             at += group.len();
         }

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 
-use whimbrel::dump::{self, Afterwards, Prepared, memory::Amount};
+use whimbrel::dump::{self, Afterwards, Prepared, memory::Amount, runs::RunSet};
 use whimbrel::error::{Context as _, Error, Result};
 use whimbrel::kernel::nft::NetworkLock;
 use whimbrel_images::chain::PageStore;
@@ -23,7 +23,7 @@ use super::scripts::{Scripts, Stage};
 use super::staging::Staging;
 use super::unbuilt::Unbuilt;
 use super::workspace::{Workspace, close_descriptors, signal_ready, write_pidfile};
-use super::{Context, Logging, Run, cpuinfo, stats};
+use super::{Context, Logging, Run, cpuinfo, lazy_server, stats};
 
 /// Checkpoint a process tree into image files.
 ///
@@ -35,6 +35,7 @@ use super::{Context, Logging, Run, cpuinfo, stats};
 ///   whimbrel dump -t 1234 -D checkpoint --shell-job a program started from a shell
 ///   whimbrel dump -t 1234 -D checkpoint -R          leave it running
 ///   whimbrel dump -t 1234 -D two --prev-images-dir ../one --track-mem
+///   whimbrel dump -t 1234 -D checkpoint --lazy-pages --port 8417   memory follows when it runs elsewhere
 #[derive(Args)]
 #[command(verbatim_doc_comment)]
 pub struct Dump {
@@ -61,6 +62,10 @@ pub struct Dump {
     /// How packets are kept away while connections are taken apart: nftables, or skip (not at all).
     #[arg(long, value_name = "METHOD", value_parser = ["nftables", "iptables", "skip"], default_value = "nftables")]
     network_lock: String,
+    /// Leave memory where it is until it is asked for: `whimbrel lazy-pages --page-server` on another host fetches it from
+    /// this command (see --address and --port), which ends when all of it is there.
+    #[arg(long, conflicts_with_all = ["leave_running", "leave_stopped"])]
+    lazy_pages: bool,
     /// How files are recognised at restore: buildid (and size), or filesize. Images always hold what both need.
     #[arg(long, value_name = "METHOD", value_parser = ["filesize", "buildid"], default_value = "buildid")]
     file_validation: String,
@@ -106,8 +111,20 @@ impl MemoryOptions {
     /// # Errors
     /// With the reason.
     pub fn check(&self) -> Result<()> {
-        self.server.check()?;
+        self.check_with(false)
+    }
+
+    /// As [`MemoryOptions::check`]; with `lazy`, the address is one to listen on.
+    ///
+    /// # Errors
+    /// As [`MemoryOptions::check`].
+    pub fn check_with(&self, lazy: bool) -> Result<()> {
         let wrong = |why: &str| Err(Error::new("use the options given").because(why.to_owned()));
+        if !lazy {
+            self.server.check()?;
+        } else if self.server.page_server {
+            return wrong("--lazy-pages leaves memory here and --page-server sends it away: use one of them");
+        }
         if self.server.page_server && self.prev_images_dir.is_some() {
             return wrong("with --page-server, --prev-images-dir is to be given to the page server: it has the images");
         }
@@ -163,6 +180,42 @@ impl Target {
         }
     }
 
+    /// Says which pages can be asked for, by task. Returns those that are left out in any case; of the others those
+    /// that the previous images do not have are.
+    ///
+    /// # Errors
+    /// When a pagemap cannot be made.
+    pub fn leave(&mut self, later: &[(u32, RunSet)]) -> Result<Vec<(u32, RunSet)>> {
+        match self {
+            Target::Images(sink) => {
+                for (pid, set) in later {
+                    let object = MemoryObject::Task(*pid);
+                    let mut runs = set.runs().into_iter();
+                    runs.try_for_each(|run| sink.lazy_pages(object, run))
+                        .context("store memory")?;
+                }
+                Ok(later.to_vec())
+            }
+            Target::Changes(sink) => {
+                for (pid, set) in later {
+                    sink.leave(MemoryObject::Task(*pid), set.clone());
+                }
+                Ok(Vec::new())
+            }
+            Target::Server(_) => Ok(Vec::new()),
+        }
+    }
+
+    /// Of the pages that can be asked for, those that no image has.
+    pub fn left(&self, later: Vec<(u32, RunSet)>) -> Vec<(u32, RunSet)> {
+        let Target::Changes(sink) = self else { return later };
+        let left = |(pid, _): (u32, RunSet)| {
+            let runs = sink.left.get(&MemoryObject::Task(pid));
+            (pid, RunSet::from_runs(runs.map_or(&[], Vec::as_slice)))
+        };
+        later.into_iter().map(left).filter(|(_, set)| !set.is_empty()).collect()
+    }
+
     /// The sink.
     pub fn sink(&mut self) -> &mut dyn PageSink {
         match self {
@@ -181,7 +234,8 @@ impl Target {
             Target::Images(sink) => sink.finish().map(drop).context("store memory"),
             Target::Changes(sink) => {
                 amount.pages_in_parent += sink.in_parent;
-                amount.pages_written = amount.pages_written.saturating_sub(sink.in_parent);
+                let left: u64 = sink.left.values().flatten().map(|run| run.pages).sum();
+                amount.pages_written = amount.pages_written.saturating_sub(sink.in_parent + left);
                 sink.into_inner().finish().map(drop).context("store memory")
             }
             Target::Server(remote) => remote.finish(),
@@ -203,7 +257,7 @@ impl Run for Dump {
             "network-lock iptables",
             "is not built: use --network-lock nftables",
         )])?;
-        self.memory.check()?;
+        self.memory.check_with(self.lazy_pages)?;
         let capabilities = cpuinfo::Capabilities::parse(&self.cpu_cap)?;
         close_descriptors(&self.common)?;
         let workspace = self.common.workspace();
@@ -232,8 +286,15 @@ impl Run for Dump {
         for task in &frozen.collected.memory {
             target.begin(task.object)?;
         }
-        let mut amount = frozen.memory(target.sink())?;
+        let later = match self.lazy_pages {
+            true => dump::lazy::select(&frozen)?,
+            false => Vec::new(),
+        };
+        let stored = target.leave(&later)?;
+        let mut amount = frozen.memory_but(&stored, target.sink())?;
+        let later = target.left(later);
         target.finish(&mut amount)?;
+        amount.pages_lazy = later.iter().map(|(_, set)| set.pages()).sum();
         frozen.describe(&*store, files, lock.run_id.clone())?;
         drop(store);
         cancel.disarm();
@@ -242,17 +303,38 @@ impl Run for Dump {
         let mut times = frozen.times;
         times.frozen = frozen.since.elapsed();
         stats::save(&stats::of_dump(&times, &amount), &workspace, false)?;
+        let server = match later.is_empty() {
+            false => Some(lazy_server::Server::listen(&self.memory.server, context)?),
+            true => None,
+        };
+        let followed = server.is_some();
         scripts.run(Stage::PostDump, Some(self.tree))?;
+        if let Some(server) = server {
+            signal_ready(self.hooks.status_fd)?;
+            // Nothing is lost yet: until the first page is asked for, the tree can go on here.
+            cancel.arm_again(FAILED, staging.take_back());
+            server.serve(&frozen, &later, &mut || {
+                cancel.disarm();
+                if let Err(error) = lock.hold(&frozen, Afterwards::Kill) {
+                    // The tree is about to run elsewhere: too late to fail.
+                    tracing::error!("{}", error.chain());
+                }
+            })?;
+        }
         // From here on the images may be the only copy.
         staging.keep();
-        lock.hold(&frozen, self.afterwards())?;
+        if !followed {
+            lock.hold(&frozen, self.afterwards())?;
+        }
         let times = frozen.end(self.afterwards())?;
         let mut after = || -> Result<()> {
             stats::save(&stats::of_dump(&times, &amount), &workspace, self.hooks.display_stats)?;
             if self.memory.auto_dedup {
                 free_previous(&workspace)?;
             }
-            signal_ready(self.hooks.status_fd)?;
+            if !followed {
+                signal_ready(self.hooks.status_fd)?;
+            }
             if lock.lock.take().is_some() && self.afterwards() != Afterwards::Kill {
                 scripts.run(Stage::NetworkUnlock, Some(self.tree))?;
             }
@@ -269,6 +351,7 @@ impl Run for Dump {
             "images": workspace.absolute_images(),
             "pages_written": amount.pages_written,
             "pages_in_parent": amount.pages_in_parent,
+            "pages_lazy": amount.pages_lazy,
             "frozen_us": times.frozen.as_micros() as u64,
         }));
         Ok(ExitCode::SUCCESS)

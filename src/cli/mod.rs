@@ -18,6 +18,7 @@ mod id;
 mod identity;
 mod image;
 mod lazy_pages;
+mod lazy_server;
 mod log;
 mod man;
 mod migrate;

@@ -69,12 +69,7 @@ impl Run for PageServer {
         if self.daemon {
             return in_background(&self.common);
         }
-        let background = std::env::var_os(BACKGROUND).is_some();
-        if background {
-            rustix::process::setsid()
-                .map_err(io::Error::from)
-                .context("leave the terminal")?;
-        }
+        let background = join_background()?;
         close_descriptors(&self.common)?;
         let workspace = self.common.workspace();
         let images = workspace.open_images()?;
@@ -121,8 +116,7 @@ impl Run for PageServer {
         write_pidfile(&self.common, std::process::id() as i32)?;
         signal_ready(self.status_fd)?;
         if background {
-            // The foreground waits for this line.
-            println!("{READY}");
+            ready_in_background();
         }
         runtime.block_on(server.run(interrupted())).context("take pages")?;
         let received = factory.received.lock().unwrap_or_else(PoisonError::into_inner).take();
@@ -153,8 +147,30 @@ async fn interrupted() {
 const BACKGROUND: &str = "WHIMBREL_BACKGROUND";
 const READY: &str = "ready";
 
+/// Leaves the terminal, if this process is the one in the background; tells whether it is.
+///
+/// # Errors
+/// When it leads a session already.
+pub fn join_background() -> Result<bool> {
+    let background = std::env::var_os(BACKGROUND).is_some();
+    if background {
+        rustix::process::setsid()
+            .map_err(io::Error::from)
+            .context("leave the terminal")?;
+    }
+    Ok(background)
+}
+
+/// Lets the foreground end: it waits for this line.
+pub fn ready_in_background() {
+    println!("{READY}");
+}
+
 /// Starts this command again without a terminal, and waits until it listens.
-fn in_background(common: &Common) -> Result<ExitCode> {
+///
+/// # Errors
+/// When it ends before.
+pub fn in_background(common: &Common) -> Result<ExitCode> {
     use std::io::BufRead;
     use std::process::{Command, Stdio};
     let failed = || Error::new("start in the background");

@@ -89,7 +89,11 @@ impl ServerAddress {
         }
     }
 
-    fn resolve(&self) -> Result<SocketAddr> {
+    /// Where the server is.
+    ///
+    /// # Errors
+    /// When the host has no address.
+    pub fn resolve(&self) -> Result<SocketAddr> {
         let host = self.address.as_deref().unwrap_or("localhost");
         let failed = || {
             Error::new("find the page server")
@@ -98,6 +102,15 @@ impl ServerAddress {
         };
         let mut addresses = (host, self.port).to_socket_addrs().with(failed)?;
         addresses.next().ok_or_else(|| failed().because("it has no address"))
+    }
+
+    /// Any address of this host that reaches `peer`.
+    pub fn any_address(&self, peer: SocketAddr) -> SocketAddr {
+        if peer.is_ipv4() {
+            (std::net::Ipv4Addr::UNSPECIFIED, 0).into()
+        } else {
+            (std::net::Ipv6Addr::UNSPECIFIED, 0).into()
+        }
     }
 }
 
@@ -126,12 +139,7 @@ impl RemotePages {
         let name = server.address.as_deref();
         let (endpoint, session) = runtime
             .block_on(async {
-                let any: SocketAddr = if address.is_ipv4() {
-                    (std::net::Ipv4Addr::UNSPECIFIED, 0).into()
-                } else {
-                    (std::net::Ipv6Addr::UNSPECIFIED, 0).into()
-                };
-                let endpoint = Endpoint::bind(any, &credentials, Options::default())?;
+                let endpoint = Endpoint::bind(server.any_address(address), &credentials, Options::default())?;
                 let request = SessionRequest {
                     role: Role::Push,
                     session_id: SessionId::random(),

@@ -1,5 +1,6 @@
 //! `restore`: puts a tree together from an image set.
 
+use std::collections::HashMap;
 use std::ffi::OsString;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -9,7 +10,8 @@ use clap::Args;
 use whimbrel::error::{Context as _, Error, Result};
 use whimbrel::kernel::nft;
 use whimbrel::procfs;
-use whimbrel::restore::{self, state};
+use whimbrel::restore::handover::Daemon;
+use whimbrel::restore::{self, lazy, state};
 use whimbrel::tree::TreeImage;
 use whimbrel_images::chain::PageStore;
 use whimbrel_images::store::{DirStore, ImageStore};
@@ -29,6 +31,7 @@ use super::{Context, Logging, Run, cpuinfo, dump, stats};
 ///   whimbrel restore -d -D checkpoint               and leave it to itself
 ///   whimbrel restore -D checkpoint --shell-job      in this terminal
 ///   whimbrel restore -D checkpoint --exec-cmd -- supervisor --flag
+///   whimbrel restore -d -D checkpoint --lazy-pages  while `whimbrel lazy-pages -D checkpoint` serves its memory
 #[derive(Args)]
 #[command(verbatim_doc_comment)]
 pub struct Restore {
@@ -55,6 +58,9 @@ pub struct Restore {
     /// CPU features that must be here as at the dump: none, fpu, ins, cpu, all (a list; ^ takes one back).
     #[arg(long, value_name = "CAP", num_args = 0..=1, require_equals = true, default_missing_value = "all")]
     cpu_cap: Vec<String>,
+    /// Let memory follow when the tree runs: `whimbrel lazy-pages` must wait in the same work directory, and serves it.
+    #[arg(long)]
+    lazy_pages: bool,
     /// The command of --exec-cmd.
     #[arg(last = true, value_name = "COMMAND", requires = "exec_cmd")]
     command: Vec<OsString>,
@@ -85,7 +91,7 @@ impl Run for Restore {
         close_descriptors(&self.common)?;
         let workspace = self.common.workspace();
         let scripts = Scripts::new(&self.hooks, &workspace)?;
-        workspace.open_work()?;
+        let work = workspace.open_work()?;
         let store = workspace.open_images()?;
         if !dump::is_whole(&store) {
             return Err(Error::new("read images")
@@ -94,6 +100,17 @@ impl Run for Restore {
                 .hint("use -D DIR with the directory of a dump that finished"));
         }
         let image = TreeImage::load(&store)?;
+        let pages = PageStore::new(workspace.open_images()?).context("read images")?;
+        let lazy = match self.lazy_pages {
+            true => lazy::select(&image, &pages),
+            false => HashMap::new(),
+        };
+        lazy::check_present(&pages, &lazy)?;
+        // Before anything is made: without the daemon the tree would wait for ever.
+        let mut daemon = match self.lazy_pages {
+            true => Some(Daemon::find(&work)?),
+            false => None,
+        };
         self.check_session(&image)?;
         let connected = self.check_connections(&store)?;
         if capabilities.any() {
@@ -104,10 +121,9 @@ impl Run for Restore {
         scripts.run(Stage::PreRestore, None)?;
 
         tracing::info!("Restoring {} tasks", image.tasks.len());
-        let pages = PageStore::new(workspace.open_images()?).context("read images")?;
         let options = self.options();
         let mut forked = None;
-        let ready = state::from_directory_with(&image, &store, &pages, &options, &mut |pid| {
+        let (ready, lazy) = state::from_directory_with(&image, &store, &pages, &options, &lazy, &mut |pid| {
             forked = Some(started.elapsed());
             tracing::info!("Forked the root task {pid}");
             scripts.run(Stage::SetupNamespaces, Some(pid))?;
@@ -116,6 +132,9 @@ impl Run for Restore {
         let root = ready
             .root_pid()
             .ok_or_else(|| Error::new("restore").because("the tree has no root"))?;
+        if let Some(daemon) = &mut daemon {
+            daemon.hand(&lazy)?;
+        }
         write_pidfile(&self.common, root)?;
         scripts.run(Stage::PostRestore, Some(root))?;
         if connected {
@@ -129,7 +148,12 @@ impl Run for Restore {
             tracing::error!("{}", error.chain());
         }
         cancel.disarm();
+        if let Some(daemon) = daemon {
+            daemon.run()?;
+        }
         ready.go()?;
+        // The daemon has the descriptors, and each task its own.
+        drop(lazy);
         let counted = pages
             .objects()
             .flat_map(|object| pages.runs(object).unwrap_or(&[]))

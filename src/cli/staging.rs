@@ -64,6 +64,20 @@ impl Staging {
         move || drop(std::fs::remove_dir_all(path))
     }
 
+    /// As [`Staging::clean_up`], for a set that was put in place: removes it.
+    pub fn take_back(&self) -> impl FnOnce() + Send + use<> {
+        let names = match &self.stage {
+            Stage::Placed(names) => names.clone(),
+            _ => Vec::new(),
+        };
+        let directory = self.target.path().to_owned();
+        move || {
+            for name in names {
+                let _ = std::fs::remove_file(directory.join(name));
+            }
+        }
+    }
+
     /// Links the new set to an earlier one; `parent` is relative to the images directory.
     ///
     /// # Errors

@@ -18,7 +18,12 @@ const TCP: &str = "is not built yet: only --tcp-established is";
 
 const ROWS: &[Row] = &[
     ("log-pid", None, false, ONE_LOG),
-    ("lazy-pages", None, false, NOT_BUILT),
+    (
+        "lazy-pages",
+        None,
+        false,
+        "is of no use here: see `whimbrel help lazy-pages`",
+    ),
     ("stream", None, false, NOT_BUILT),
     ("libdir", Some('L'), true, "is not built yet: there are no plugins"),
     ("freeze-cgroup", None, true, NOT_BUILT),

@@ -656,34 +656,11 @@ impl Collected {
         self.open.values().try_for_each(|file| kind_for(file)?.abandon(file))
     }
 
-    /// Is the mapping at `start` locked in memory?
-    pub fn is_locked(&self, object: MemoryObject, start: u64) -> bool {
-        let task = self
-            .tasks
+    /// The image of a task.
+    pub fn task_of(&self, object: MemoryObject) -> Option<&TaskImage> {
+        self.tasks
             .iter()
-            .find(|task| MemoryObject::Task(task.entry.pid) == object);
-        let vma = task.and_then(|task| task.mm.vmas.iter().find(|vma| vma.start == start));
-        vma.is_some_and(|vma| vma.flags & libc::MAP_LOCKED as u32 != 0)
-    }
-
-    /// Pages that the kernel writes to while a task is put together: restartable-sequence areas.
-    pub fn touched_by_kernel(&self, object: MemoryObject) -> Vec<(u64, u64)> {
-        let task = self
-            .tasks
-            .iter()
-            .find(|task| MemoryObject::Task(task.entry.pid) == object);
-        let cores = task.into_iter().flat_map(|task| &task.cores);
-        let areas = cores.filter_map(|core| core.thread_core.as_ref()?.rseq_entry.as_ref());
-        let page = crate::arch::PAGE_SIZE;
-        areas
-            .map(|area| {
-                let start = area.rseq_abi_pointer / page * page;
-                (
-                    start,
-                    (area.rseq_abi_pointer + u64::from(area.rseq_abi_size)).next_multiple_of(page),
-                )
-            })
-            .collect()
+            .find(|task| MemoryObject::Task(task.entry.pid) == object)
     }
 
     /// All open files, by image id.

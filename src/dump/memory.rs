@@ -22,6 +22,8 @@ pub struct Amount {
     pub pages_written: u64,
     /// Pages that the parent has already.
     pub pages_in_parent: u64,
+    /// Pages that stay in the tree until they are asked for.
+    pub pages_lazy: u64,
 }
 
 impl Amount {
@@ -30,6 +32,7 @@ impl Amount {
         self.pages_scanned += other.pages_scanned;
         self.pages_written += other.pages_written;
         self.pages_in_parent += other.pages_in_parent;
+        self.pages_lazy += other.pages_lazy;
     }
 }
 
@@ -109,5 +112,6 @@ pub fn write(memory: &TaskMemory, pages: &Pages, selection: &Selection, sink: &m
         pages_scanned: written + parent,
         pages_written: written,
         pages_in_parent: parent,
+        pages_lazy: 0,
     })
 }

@@ -4,6 +4,7 @@
 //! borrowed instructions. Inside the freeze it is only compared.
 
 pub mod collect;
+pub mod lazy;
 pub mod memory;
 pub mod runs;
 pub mod track;
@@ -11,7 +12,7 @@ pub mod track;
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use whimbrel_images::page::PageSink;
+use whimbrel_images::page::{MemoryObject, PageSink};
 use whimbrel_images::proto::FileEntry;
 use whimbrel_images::store::ImageStore;
 
@@ -160,10 +161,21 @@ impl FrozenTree {
     /// # Errors
     /// When memory cannot be read, or the sink does not take it.
     pub fn memory(&mut self, sink: &mut dyn PageSink) -> Result<memory::Amount> {
+        self.memory_but(&[], sink)
+    }
+
+    /// Gives all memory to `sink` but the pages of `later`, by task as images call it.
+    ///
+    /// # Errors
+    /// As [`FrozenTree::memory`].
+    pub fn memory_but(&mut self, later: &[(u32, runs::RunSet)], sink: &mut dyn PageSink) -> Result<memory::Amount> {
         let started = Instant::now();
         let mut amount = memory::Amount::default();
         for task in &self.collected.memory {
-            let (pages, selection) = memory::select_all(task)?;
+            let (pages, mut selection) = memory::select_all(task)?;
+            if let Some((_, later)) = later.iter().find(|(pid, _)| MemoryObject::Task(*pid) == task.object) {
+                selection.store = runs::RunSet::from_runs(&selection.store).subtract(later).runs();
+            }
             amount.add(memory::write(task, &pages, &selection, sink)?);
         }
         self.collected.segments.dump(sink)?;

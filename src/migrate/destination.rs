@@ -2,14 +2,13 @@
 
 use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant};
 
 use whimbrel_images::page::{MemoryObject, PAGE_SIZE, PageRun, PageSink};
 use whimbrel_images::proto::VmaEntry;
 use whimbrel_images::store::MemStore;
-use whimbrel_lazy::ioctl::{Features, RegisterMode, Userfault};
-use whimbrel_lazy::{LazyConfig, LazyRange, LazyServer};
 use whimbrel_page_server::transport::{FaultClient, FaultLink, Session};
 
 use super::journal::Arrivals;
@@ -18,13 +17,14 @@ use super::wire::{self, Begin, Body, Failed, Final, Finished, Prepared, Ready, R
 use crate::dump::runs::RunSet;
 use crate::error::{Context, Error, Result};
 use crate::kernel::address::{self, MovedAddress};
-use crate::kernel::sys;
+use crate::kernel::nft::NetworkLock;
 use crate::remote::Program;
 use crate::resource::fd::FileRestore;
 use crate::resource::mem::{mapping, mapping::status};
 use crate::restore::build::Skeleton;
+use crate::restore::lazy::{LazyTask, Serving, Urgent};
 use crate::restore::memory::Plan;
-use crate::restore::state::Ready as ReadyTree;
+use crate::restore::state::{Ready as ReadyTree, register_all, watch_all};
 use crate::restore::{self, Build};
 use crate::tree::{TaskImage, TreeImage};
 
@@ -171,6 +171,8 @@ fn serve(
         store.insert(&name, bytes.to_vec()).context("take an image")?;
     }
     let image = TreeImage::load(&store)?;
+    // A packet that comes before its socket would be answered with a reset.
+    let lock = lock_connections(&image)?;
     // The address must be here before sockets can be bound to it; it is announced when the tree runs.
     let address = moved.as_ref().map(address::Added::add).transpose()?;
     let mut put = put_together(build, &sink, &image, &store, &restore_options, &last)?;
@@ -195,6 +197,7 @@ fn serve(
     let committed = Instant::now();
     let pid = put.ready.root_pid().unwrap_or_default();
     registry.committed(pid)?;
+    drop(lock);
     let ran = put.ready.go()?;
     registry.running(pid);
     if let Some(address) = address {
@@ -222,6 +225,20 @@ fn serve(
     session.close_blocking().ok();
     let _ = pump.finished_blocking();
     Ok(Outcome::Running { pid })
+}
+
+/// Keeps packets of the tree's connections away until its sockets are there.
+fn lock_connections(image: &TreeImage) -> Result<Option<NetworkLock>> {
+    let mut connections = Vec::new();
+    for entry in image.files.values() {
+        connections.extend(crate::resource::fd::kind_of(entry)?.connection_of(entry)?);
+    }
+    if connections.is_empty() {
+        return Ok(None);
+    }
+    let mut lock = NetworkLock::new_in_current_netns().context("lock the network")?;
+    lock.lock(&connections).context("lock the network")?;
+    Ok(Some(lock))
 }
 
 /// Every reason why this tree cannot run here, as far as it can be told without making anything.
@@ -347,7 +364,7 @@ fn stage(begin: &Begin, options: restore::Options) -> Result<(Build, StandbySink
 
 struct PutTogether<'a> {
     ready: ReadyTree<'a>,
-    lazy: Vec<(u32, Userfault, Vec<LazyRange>)>,
+    lazy: Vec<LazyTask>,
 }
 
 /// Brings the staged memory in line with the images, and restores everything else.
@@ -432,18 +449,9 @@ fn put_together<'a>(
             .settle_all(task)
             .map_err(|error| error.task(task.entry.pid as i32))?;
     }
-    // Made while the tasks still have all privileges; registered last, so that putting together meets no missing page.
-    let mut watches = Vec::new();
-    for task in living() {
-        if let Some(missing) = lazy.get(&task.entry.pid).filter(|missing| !missing.is_empty()) {
-            watches.push((task.entry.pid, make_userfaultfd(&mut build, task.entry.pid)?, missing));
-        }
-    }
+    let watches = watch_all(&mut build, image, &lazy)?;
     let ready = build.complete(image, files, &backing)?;
-    let lazy = watches
-        .into_iter()
-        .map(|(pid, uffd, missing)| register_missing(pid, uffd, missing))
-        .collect::<Result<_>>()?;
+    let lazy = register_all(watches)?;
     Ok(PutTogether { ready, lazy })
 }
 
@@ -522,42 +530,9 @@ fn forget(build: &mut Build, pid: u32, missing: &RunSet) -> Result<()> {
     build.run_in(pid, &program).map(drop)
 }
 
-/// A userfaultfd of a task, which only the task itself can make.
-fn make_userfaultfd(build: &mut Build, pid: u32) -> Result<Userfault> {
-    let failed = || Error::new("make a userfaultfd").task(pid as i32);
-    let mut program = Program::new();
-    let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
-    let made = program.call("make a userfaultfd", libc::SYS_userfaultfd, &[flags.into()]);
-    let remote = build.run_in(pid, &program)?.result(made) as i32;
-    let uffd = Userfault::from(sys::take_descriptor(build.tid_of(pid)?, remote).with(failed)?);
-    let mut program = Program::new();
-    program.call("close the userfaultfd", libc::SYS_close, &[remote.into()]);
-    build.run_in(pid, &program)?;
-    let events = Features::EVENT_FORK | Features::EVENT_REMAP | Features::EVENT_REMOVE | Features::EVENT_UNMAP;
-    uffd.api(events).with(failed)?;
-    Ok(uffd)
-}
-
-fn register_missing(pid: u32, uffd: Userfault, missing: &RunSet) -> Result<(u32, Userfault, Vec<LazyRange>)> {
-    let mut ranges = Vec::new();
-    for &(start, end) in missing.ranges() {
-        let failed = || {
-            Error::new("watch missing pages")
-                .task(pid as i32)
-                .object(format!("{start:#x}-{end:#x}"))
-        };
-        uffd.register(start, end - start, RegisterMode::MISSING).with(failed)?;
-        let mut range = LazyRange::anonymous(MemoryObject::Task(pid), start, (end - start) / PAGE_SIZE as u64);
-        // Every one of these pages held something at the source: there is no excuse for zeros.
-        range.flags.absent_is_zero = false;
-        ranges.push(range);
-    }
-    Ok((pid, uffd, ranges))
-}
-
 /// Serves faults and fetches the rest until all memory is here. Links come and go; the tasks wait.
 fn follow(
-    lazy: Vec<(u32, Userfault, Vec<LazyRange>)>,
+    lazy: Vec<LazyTask>,
     faults: &Receiver<FaultLink>,
     runtime: &tokio::runtime::Handle,
     observer: &dyn Observer,
@@ -567,17 +542,12 @@ fn follow(
         let _inside = runtime.enter();
         FaultClient::new(link).context("ask for pages")?
     };
-    let source = std::sync::Arc::new(client.clone());
-    let server = LazyServer::new(LazyConfig::default(), source.clone(), source).context("serve page faults")?;
-    for (pid, uffd, ranges) in lazy {
-        server
-            .add_task(uffd.into(), pid, &ranges)
-            .context("serve page faults")?;
-    }
+    let serving = Serving::start(lazy, Arc::new(Urgent(client.clone())), Arc::new(client.clone()))?;
     loop {
-        match server.wait_complete(Some(Duration::from_millis(200))) {
-            Ok(progress) => {
+        match serving.wait(Duration::from_millis(200)) {
+            Ok(Some(progress)) => {
                 client.close();
+                serving.finish();
                 return Ok(Finished {
                     faults: progress.stats.faults,
                     pages: progress.stats.fault_pages + progress.stats.prefetched,
@@ -585,14 +555,17 @@ fn follow(
                     fault_p99: progress.stats.fault_p99.as_micros() as u64,
                 });
             }
-            Err(whimbrel_lazy::LazyError::Incomplete { .. }) => {
+            Ok(None) => {
                 while let Ok(link) = faults.try_recv() {
                     observer.note("the source is back");
                     client.replace_connection(link).ok();
-                    server.retry_now();
+                    serving.retry_now();
                 }
             }
-            Err(error) => return Err(error).context("complete the memory"),
+            Err(error) => {
+                client.close();
+                return Err(error);
+            }
         }
     }
 }

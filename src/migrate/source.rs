@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use whimbrel_images::page::{MemoryObject, PAGE_SIZE, PageRun, PageSink, PageSource, PageState};
+use whimbrel_images::page::{MemoryObject, PAGE_SIZE, PageRun, PageSink, PageSource};
 use whimbrel_images::store::{ImageStore, MemStore};
 use whimbrel_page_server::proto::{Role, SessionId};
 use whimbrel_page_server::transport::{Endpoint, FaultServer, PageSender, Runtime, Session, SessionRequest};
@@ -16,6 +16,7 @@ use super::report::{Followed, Report, Round, ms};
 use super::wire::{self, Begin, Body, Final, LazyPages, NeededFile, TaskShape};
 use super::{Mode, Phase};
 use crate::dump::collect::{Collected, Prepared, TaskMemory};
+use crate::dump::lazy::{FrozenPages, StoppedTree};
 use crate::dump::runs::RunSet;
 use crate::dump::track::{self, Tracker};
 use crate::dump::{self, FrozenTree};
@@ -26,7 +27,8 @@ use crate::kernel::sys;
 use crate::procfs::{self, maps::Mapping};
 use crate::remote::inject::GadgetCache;
 use crate::resource::mem::{mapping, pages, pages::Pages};
-use crate::tree::{TaskState, Tree, TreeImage};
+use crate::restore;
+use crate::tree::TreeImage;
 
 /// Bytes of memory that are read at once.
 const BATCH: usize = 1 << 20;
@@ -735,18 +737,10 @@ fn select_last(
     if !follow {
         return Ok(((needed, gone), RunSet::default()));
     }
-    let may = |map: &&Mapping| track::is_staged(map);
-    let locked = |map: &&Mapping| collected.is_locked(memory.object, map.start);
-    let candidates = RunSet::from_ranges(
-        maps.iter()
-            .filter(may)
-            .filter(|map| !locked(map))
-            .map(|map| (map.start, map.end))
-            .collect(),
-    );
-    // The kernel itself writes these areas while the tree is put together.
-    let touched = RunSet::from_ranges(collected.touched_by_kernel(memory.object));
-    let later = needed.intersect(&candidates).subtract(&touched);
+    let candidates = collected
+        .task_of(memory.object)
+        .map_or_else(RunSet::default, restore::lazy::candidates);
+    let later = needed.intersect(&candidates);
     Ok(((needed.subtract(&later), gone), later))
 }
 
@@ -774,80 +768,6 @@ fn serve_pages(
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
     })
-}
-
-/// Pages of a frozen tree, for a destination that asks.
-struct FrozenPages {
-    tasks: HashMap<u32, (Pages, RunSet)>,
-}
-
-impl FrozenPages {
-    fn open(frozen: &FrozenTree, lazy: &[(u32, RunSet)]) -> Result<FrozenPages> {
-        let mut tasks = HashMap::new();
-        for (pid, set) in lazy {
-            let memory = frozen
-                .collected
-                .memory
-                .iter()
-                .find(|memory| memory.object == MemoryObject::Task(*pid));
-            if let Some(memory) = memory {
-                tasks.insert(*pid, (Pages::open(memory.pid)?, set.clone()));
-            }
-        }
-        Ok(FrozenPages { tasks })
-    }
-}
-
-impl PageSource for FrozenPages {
-    fn read_pages(&self, object: MemoryObject, run: PageRun, buffer: &mut [u8]) -> std::io::Result<Vec<PageState>> {
-        let MemoryObject::Task(pid) = object else {
-            return Ok(vec![PageState::Unknown; run.pages as usize]);
-        };
-        let Some((pages, set)) = self.tasks.get(&pid) else {
-            return Ok(vec![PageState::Unknown; run.pages as usize]);
-        };
-        let wanted = set.intersect(&RunSet::from_runs(&[run]));
-        let mut states = vec![PageState::Unknown; run.pages as usize];
-        for part in wanted.runs() {
-            let at = (part.start - run.start) as usize;
-            let bytes = &mut buffer[at..at + part.bytes() as usize];
-            pages
-                .read(&[part], bytes)
-                .map_err(|error| std::io::Error::other(error.chain()))?;
-            let first = at / PAGE_SIZE;
-            for index in 0..part.pages as usize {
-                let page = &bytes[index * PAGE_SIZE..(index + 1) * PAGE_SIZE];
-                states[first + index] = if page.iter().all(|&byte| byte == 0) {
-                    PageState::Zero
-                } else {
-                    PageState::Data
-                };
-            }
-        }
-        Ok(states)
-    }
-}
-
-/// A tree that stays stopped when its tracer is gone.
-struct StoppedTree(Vec<i32>);
-
-impl StoppedTree {
-    fn stop(tree: &Tree) -> Result<StoppedTree> {
-        // A task that is stopped already stays so by itself.
-        let running = tree.living().filter(|task| matches!(task.state, TaskState::Alive));
-        let stopped = StoppedTree(running.map(|task| task.pid).collect());
-        for &pid in &stopped.0 {
-            sys::kill(pid, libc::SIGSTOP).with(|| Error::new("hold the tree").task(pid))?;
-        }
-        Ok(stopped)
-    }
-
-    /// Takes the stop back before it has taken effect: SIGCONT discards a pending SIGSTOP (signal(7)).
-    fn undo(self) {
-        for pid in self.0 {
-            let _ = sys::kill(pid, libc::SIGCONT);
-        }
-    }
 }
 
 /// Finishes what an earlier run of ours decided and did not see through.
@@ -919,17 +839,10 @@ fn serve_again(
     session: &str,
     pids: &[i32],
 ) -> Result<()> {
-    let mut tasks = HashMap::new();
+    let mut tasks = Vec::new();
     for &pid in pids {
         let (_, status) = read_ids(pid)?;
-        let inner = status.ns_pid.last().copied().unwrap_or(pid) as u32;
-        tasks.insert(
-            inner,
-            (
-                Pages::open(pid)?,
-                RunSet::from_ranges(vec![(0, crate::arch::TASK_SIZE)]),
-            ),
-        );
+        tasks.push((pid, status.ns_pid.last().copied().unwrap_or(pid) as u32));
     }
     let session_id = session.parse().context("read the decision")?;
     let serving = serve_pages(
@@ -937,7 +850,7 @@ fn serve_again(
         endpoint,
         destination,
         session_id,
-        Arc::new(FrozenPages { tasks }),
+        Arc::new(FrozenPages::of_stopped(&tasks)?),
     );
     while !ask_state(runtime, endpoint, destination, session).is_some_and(|answer| answer.complete) {
         std::thread::sleep(ASK_AGAIN);

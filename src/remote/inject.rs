@@ -560,6 +560,35 @@ fn note(program: &mut Program, to: Buffer, from: Buffer) {
     );
 }
 
+/// Closes a descriptor of a process, which is stopped for that moment, if it is `still` the one that is meant.
+///
+/// # Errors
+/// When the process cannot be traced or entered, or has no such descriptor.
+pub fn close_descriptor(pid: i32, descriptor: i32, still: &dyn Fn() -> bool) -> Result<()> {
+    let failed = |error: Error| error.task(pid).object(format!("fd {descriptor}"));
+    let died = || {
+        Error::new("close a descriptor")
+            .task(pid)
+            .because("the task died meanwhile")
+    };
+    let maps = maps::parse(&crate::procfs::read(pid, "maps")?)?;
+    let gadgets = Gadgets::find(pid, &maps, &mut GadgetCache::default())?;
+    let (leader, group_stop) = super::tracee::seize(pid, false)?.stop()?.map_err(|_| died())?;
+    // Between the look and the stop mappings may have come.
+    let maps = maps::parse(&crate::procfs::read(pid, "maps")?)?;
+    if !still() {
+        return leader.detach(group_stop.unwrap_or(0));
+    }
+    let (mut stub, mut visitor) = StubProcess::inject(leader, &maps, gadgets)?;
+    let mut program = Program::new();
+    program.call("close a descriptor", libc::SYS_close, &[descriptor.into()]);
+    let result = stub.run(&mut visitor, &program).map(drop).map_err(failed);
+    let leader = stub.remove(visitor)?;
+    // A task that was stopped by a signal stays so: detaching with it keeps the group stop.
+    leader.detach(group_stop.unwrap_or(0))?;
+    result
+}
+
 /// Says which call failed, in the words of the program.
 pub(super) fn check(program: &Program, outcome: &Outcome) -> Result<()> {
     let index = outcome.stopped_at();

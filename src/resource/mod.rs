@@ -118,6 +118,15 @@ pub trait FileKind: Sync {
         Ok(None)
     }
 
+    /// As [`FileKind::connection`], of a file that is about to be restored.
+    ///
+    /// # Errors
+    /// When the image is damaged.
+    fn connection_of(&self, entry: &FileEntry) -> Result<Option<crate::kernel::nft::Connection>> {
+        let _ = entry;
+        Ok(None)
+    }
+
     /// Describes the file. Called once per open file description, with the tree frozen and the network locked.
     ///
     /// # Errors

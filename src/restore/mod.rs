@@ -5,6 +5,8 @@
 //! all of it.
 
 pub mod build;
+pub mod handover;
+pub mod lazy;
 pub mod memory;
 pub mod state;
 

@@ -3,13 +3,16 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::os::fd::{AsFd, OwnedFd};
 
+use whimbrel_images::chain::PageStore;
 use whimbrel_images::proto::{CoreEntry, VmaEntry};
 use whimbrel_images::store::ImageStore;
 
 use super::build::{TaskBuild, clone_into};
+use super::lazy::{LazyTask, Watch};
 use super::memory::Plan;
 use super::{Build, MemorySink};
 use crate::arch;
+use crate::dump::runs::RunSet;
 use crate::error::{Context, Error, Result};
 use crate::procfs::maps;
 use crate::remote::{Arg, Newborn, Program, Puppet, RemoteAddr, RemoteMemory};
@@ -474,7 +477,12 @@ fn set_registers(puppet: &Puppet, core: &CoreEntry) -> Result<()> {
         .ok_or_else(|| Error::new("restore registers").because("the image has none for this architecture"))?;
     let stopped = puppet.stopped()?;
     let (registers, xstate) = arch::from_image(info, &stopped.xstate()?)?;
-    stopped.set_registers(&registers.for_restore())?;
+    let queues = [
+        core.thread_core.as_ref().and_then(|thread| thread.signals_p.as_ref()),
+        core.tc.as_ref().and_then(|task| task.signals_s.as_ref()),
+    ];
+    let pending = queues.into_iter().flatten().any(|queue| !queue.signals.is_empty());
+    stopped.set_registers(&registers.for_restore(pending))?;
     stopped.set_xstate(&xstate)?;
     let mask = core.thread_core.as_ref().and_then(|thread| thread.blk_sigset);
     stopped.set_signal_mask(mask.or_else(|| core.tc.as_ref().map(|tc| tc.blk_sigset)).unwrap_or(0))
@@ -498,23 +506,26 @@ fn is_root(directory: std::os::fd::BorrowedFd<'_>) -> Result<bool> {
 pub fn from_directory<'a>(
     image: &'a TreeImage,
     store: &'a dyn ImageStore,
-    pages: &whimbrel_images::chain::PageStore,
+    pages: &PageStore,
     options: &'a super::Options,
 ) -> Result<Ready<'a>> {
-    from_directory_with(image, store, pages, options, &mut |_| Ok(()))
+    from_directory_with(image, store, pages, options, &HashMap::new(), &mut |_| Ok(())).map(|(ready, _)| ready)
 }
 
-/// As [`from_directory`]; `created` is called with the root's process id as soon as the tasks exist, empty.
+/// As [`from_directory`]; the pages of `lazy` are left missing, and watched. `created` is called with the root's process
+/// id as soon as the tasks exist, empty.
 ///
 /// # Errors
 /// As [`from_directory`], and those of `created`.
 pub fn from_directory_with<'a>(
     image: &'a TreeImage,
     store: &'a dyn ImageStore,
-    pages: &whimbrel_images::chain::PageStore,
+    pages: &PageStore,
     options: &'a super::Options,
+    lazy: &HashMap<u32, RunSet>,
     created: &mut dyn FnMut(i32) -> Result<()>,
-) -> Result<Ready<'a>> {
+) -> Result<(Ready<'a>, Vec<LazyTask>)> {
+    super::lazy::check_present(pages, lazy)?;
     let mut build = Build::tasks(&super::Skeleton::of(image), options.clone())?;
     created(build.root_pid().unwrap_or_default())?;
     let mut files = FileRestore::new(store, options, &image.files);
@@ -535,7 +546,7 @@ pub fn from_directory_with<'a>(
             .map_err(|error| error.task(pid as i32))?;
         patches.push((pid, made));
     }
-    fill(&build.memory_sink()?, pages, image, &patches)?;
+    fill(&build.memory_sink()?, pages, image, &patches, lazy)?;
     for (pid, patches) in patches {
         let tid = build.task(pid)?.leader.tid();
         patches
@@ -547,13 +558,41 @@ pub fn from_directory_with<'a>(
             .settle_task(task, &has_pages(task.entry.pid))
             .map_err(|error| error.task(task.entry.pid as i32))?;
     }
+    let watches = watch_all(&mut build, image, lazy)?;
     let mut ready = build.complete(image, files, &paths)?;
+    let lazy = register_all(watches)?;
     ready.arm()?;
-    Ok(ready)
+    Ok((ready, lazy))
+}
+
+/// A task to be watched, and what it lacks.
+pub type Watched<'a> = (Watch, &'a TaskImage, RunSet);
+
+/// Makes a userfaultfd in every task that lacks something; they still have all privileges.
+///
+/// # Errors
+/// When one cannot be made.
+pub fn watch_all<'a>(build: &mut Build, image: &'a TreeImage, lazy: &HashMap<u32, RunSet>) -> Result<Vec<Watched<'a>>> {
+    let mut watches = Vec::new();
+    for task in image.tasks.iter().filter(|task| !task.is_zombie()) {
+        if let Some(missing) = lazy.get(&task.entry.pid).filter(|missing| !missing.is_empty()) {
+            watches.push((Watch::make(build, task)?, task, missing.clone()));
+        }
+    }
+    Ok(watches)
+}
+
+/// Registers what is missing. Last, so that putting the tree together meets no missing page.
+///
+/// # Errors
+/// As [`Watch::register`].
+pub fn register_all(watches: Vec<Watched<'_>>) -> Result<Vec<LazyTask>> {
+    let register = |(watch, task, missing): Watched<'_>| watch.register(task, missing);
+    watches.into_iter().map(register).collect()
 }
 
 /// The code of the vdso that a task was dumped with, where its image has it.
-fn vdso_contents(task: &TaskImage, pages: &whimbrel_images::chain::PageStore) -> Result<Option<Vec<u8>>> {
+fn vdso_contents(task: &TaskImage, pages: &PageStore) -> Result<Option<Vec<u8>>> {
     use whimbrel_images::page::{MemoryObject, PAGE_SIZE, PageRun, PageSource, PageState};
     let Some(vma) = task.mm.vmas.iter().find(|vma| vma.status & status::VDSO != 0) else {
         return Ok(None);
@@ -575,9 +614,10 @@ fn vdso_contents(task: &TaskImage, pages: &whimbrel_images::chain::PageStore) ->
 /// Writes the contents of all memory, in as many threads as there are processors.
 fn fill(
     sink: &MemorySink,
-    pages: &whimbrel_images::chain::PageStore,
+    pages: &PageStore,
     image: &TreeImage,
     patches: &[(u32, Patches)],
+    lazy: &HashMap<u32, RunSet>,
 ) -> Result<()> {
     use std::os::unix::fs::FileExt;
     use whimbrel_images::page::{MemoryObject, PAGE_SIZE, PageRun, PageSink};
@@ -596,19 +636,27 @@ fn fill(
             }
             MemoryObject::Shmem(_) => None,
         };
+        let follows = match object {
+            MemoryObject::Task(pid) => lazy.get(&pid),
+            MemoryObject::Shmem(_) => None,
+        };
         for extent in pages.extents(object).context("read pagemaps")? {
             if vdso.is_some_and(|(start, end)| extent.run.start >= start && extent.run.end() <= end) {
                 continue;
             }
-            let mut done = 0;
-            while done < extent.run.bytes() {
-                let bytes = (extent.run.bytes() - done).min(PART);
-                let run = PageRun {
-                    start: extent.run.start + done,
-                    pages: bytes / PAGE_SIZE as u64,
-                };
-                work.push((object, run, extent.file.clone(), extent.offset + done));
-                done += bytes;
+            let whole = RunSet::from_runs(&[extent.run]);
+            let now = follows.map_or(whole.clone(), |follows| whole.subtract(follows));
+            for &(mut at, end) in now.ranges() {
+                while at < end {
+                    let bytes = (end - at).min(PART);
+                    let run = PageRun {
+                        start: at,
+                        pages: bytes / PAGE_SIZE as u64,
+                    };
+                    let offset = extent.offset + (at - extent.run.start);
+                    work.push((object, run, extent.file.clone(), offset));
+                    at += bytes;
+                }
             }
         }
     }

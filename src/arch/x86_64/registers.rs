@@ -110,13 +110,13 @@ impl Registers {
         self
     }
 
-    /// Registers for a thread in another kernel object: as [`Registers::restarted`] only where the restart block
-    /// matters, otherwise left for the kernel to restart when the thread resumes.
-    pub fn for_restore(self) -> Self {
-        if self.result() == ERESTART_RESTARTBLOCK {
-            self.restarted()
-        } else {
+    /// Registers for a thread in another kernel object. An interrupted system call starts again; with a signal pending that
+    /// decision is the kernel's, which knows the handler's flags, as far as it can be (its restart block is not there).
+    pub fn for_restore(self, signal_pending: bool) -> Self {
+        if signal_pending && self.result() != ERESTART_RESTARTBLOCK {
             self
+        } else {
+            self.restarted()
         }
     }
 }

@@ -119,7 +119,8 @@ impl Client {
                     seen.longest_gap_ms = seen.longest_gap_ms.max((now - last).as_secs_f64() * 1e3);
                     last = now;
                 }
-                Err(_) => {
+                Err(error) => {
+                    tracing::error!(%error, "the connection broke");
                     seen.survived = false;
                     break;
                 }

@@ -226,6 +226,20 @@ impl FileKind for Tcp {
         }))
     }
 
+    fn connection_of(&self, entry: &FileEntry) -> Result<Option<Connection>> {
+        let entry = inet::entry_of(entry)?;
+        if entry.dst_port == 0 {
+            return Ok(None);
+        }
+        let any = rustix::net::socket(rustix::net::AddressFamily::INET, rustix::net::SocketType::DGRAM, None);
+        let ends = Ends::of_entry(entry, any.map_err(io::Error::from).context("open a socket")?)?;
+        Ok(Some(Connection {
+            protocol: Protocol::Tcp,
+            local: ends.local,
+            remote: ends.remote,
+        }))
+    }
+
     fn abandon(&self, file: &OpenFile) -> Result<()> {
         let socket = file.handle.as_fd();
         // A listening socket refuses repair mode. When it is closed, those who wait for it get a reset, and that is right.
