@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -31,6 +32,8 @@ use crate::resource::mem::{mapping, pages::Pages};
 use crate::restore;
 use crate::tree::TreeImage;
 
+/// How often a running tree is looked at before what seems impossible to carry is taken to be so.
+const LOOKS: u32 = 5;
 /// How often a destination that did not answer is asked what became of the tree.
 const ASK_AGAIN: Duration = Duration::from_secs(1);
 
@@ -153,8 +156,38 @@ struct LookedTask {
 }
 
 impl Looked {
+    /// Looks at a tree that runs on: what is being made or taken down just then can seem impossible to carry. Only what
+    /// stays so is an error.
     fn look(options: &Options) -> Result<Looked> {
+        let mut looks = 0;
+        let mut looked = loop {
+            looks += 1;
+            match Looked::once(options) {
+                Ok(looked) => break looked,
+                Err(error) if looks == LOOKS => return Err(error),
+                Err(_) => std::thread::sleep(Duration::from_millis(5)),
+            }
+        };
+        if options.limits.mode != Mode::PostCopy && !options.dry_run {
+            looked.watch();
+        }
+        Ok(looked)
+    }
+
+    fn watch(&mut self) {
         let mut cache = GadgetCache::default();
+        for task in &mut self.tasks {
+            match track::start(task.pid, &mut cache) {
+                Ok(tracker) => task.tracker = Some(tracker),
+                // Without a tracker all of it is sent in the freeze: slower, not wrong.
+                Err(error) => {
+                    tracing::warn!(error = error.chain(), "memory is not watched: no rounds for this task")
+                }
+            }
+        }
+    }
+
+    fn once(options: &Options) -> Result<Looked> {
         let mut looked = Looked {
             tasks: Vec::new(),
             begin: Begin::default(),
@@ -166,6 +199,7 @@ impl Looked {
         begin.cpu_state = crate::arch::cpu_state_components();
         let mut queue = std::collections::VecDeque::from([(options.pid, 0u32)]);
         let mut files: HashMap<String, NeededFile> = HashMap::new();
+        let mut collected = Collected::default();
         while let Some((pid, parent)) = queue.pop_front() {
             let (stat, status) = match read_ids(pid) {
                 Ok(ids) => ids,
@@ -193,7 +227,9 @@ impl Looked {
             if !zombie {
                 let maps = procfs::maps::parse(&procfs::read(pid, "smaps")?)?;
                 describe_memory(pid, &maps, &stat, &mut shape, begin, &mut files)?;
-                look_at_files(pid, options, begin)?;
+                let pidfd = sys::pidfd_open(pid).with(|| Error::new("open a pidfd").task(pid))?;
+                let highest = collected.look_at_running(pid, pidfd.as_fd())?;
+                begin.highest_descriptor = begin.highest_descriptor.max(highest);
                 looked.tasks.push(LookedTask {
                     pid,
                     inner: number,
@@ -206,17 +242,8 @@ impl Looked {
             begin.tasks.push(shape);
         }
         begin.files = files.into_values().collect();
-        if options.limits.mode != Mode::PostCopy && !options.dry_run {
-            for task in &mut looked.tasks {
-                match track::start(task.pid, &mut cache) {
-                    Ok(tracker) => task.tracker = Some(tracker),
-                    // Without a tracker all of it is sent in the freeze: slower, not wrong.
-                    Err(error) => {
-                        tracing::warn!(error = error.chain(), "memory is not watched: no rounds for this task")
-                    }
-                }
-            }
-        }
+        // All at once: the other end of a socket may be in another task.
+        check_files(&collected, options, begin)?;
         Ok(looked)
     }
 }
@@ -268,15 +295,9 @@ fn describe_memory(
     Ok(())
 }
 
-/// Descriptors of a running task: whether all of them can be carried, and what they need of the other host.
-fn look_at_files(pid: i32, options: &Options, begin: &mut Begin) -> Result<()> {
-    use std::os::fd::AsFd;
-    let store = MemStore::new();
-    let mut collected = Collected::default();
-    let pidfd = sys::pidfd_open(pid).with(|| Error::new("open a pidfd").task(pid))?;
-    let highest = collected.look_at_running(pid, pidfd.as_fd())?;
-    begin.highest_descriptor = begin.highest_descriptor.max(highest);
-    collected.check_files(&store, &options.dump)?;
+/// Whether all descriptors of a running tree can be carried, and what they need of the other host.
+fn check_files(collected: &Collected, options: &Options, begin: &mut Begin) -> Result<()> {
+    collected.check_files(&MemStore::new(), &options.dump)?;
     for connection in collected.connections()? {
         let text = connection.local.ip().to_canonical().to_string();
         if !begin.addresses.contains(&text) {
