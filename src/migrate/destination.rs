@@ -31,6 +31,9 @@ use crate::tree::{TaskImage, TreeImage};
 /// Room for pages that wait for their mappings, beyond what the source announced, in bytes.
 const EXTRA_ROOM: u64 = 64 << 20;
 
+/// How long the background fetch waits for a connection of its own.
+const SECOND_LINK: Duration = Duration::from_millis(50);
+
 /// What happens at this destination, for whoever shows it.
 pub trait Observer: Send + Sync {
     /// One line about a migration.
@@ -563,12 +566,19 @@ fn follow(
     observer: &dyn Observer,
 ) -> Result<Finished> {
     let link = faults.recv().context("await the connection for page requests")?;
-    let client = {
+    let ask = |link| {
         let _inside = runtime.enter();
-        FaultClient::new(link).context("ask for pages")?
+        FaultClient::new(link).context("ask for pages")
     };
-    let source = std::sync::Arc::new(client.clone());
-    let server = LazyServer::new(LazyConfig::default(), source.clone(), source).context("serve page faults")?;
+    // The source makes two connections: what is fetched in the background must not be in a fault's way.
+    let mut clients = vec![ask(link)?];
+    if let Ok(link) = faults.recv_timeout(SECOND_LINK) {
+        clients.push(ask(link)?);
+    }
+    let mut spare = Vec::new();
+    let source = |client: &FaultClient| std::sync::Arc::new(client.clone());
+    let (urgent, bulk) = (source(&clients[0]), source(&clients[clients.len() - 1]));
+    let server = LazyServer::new(LazyConfig::default(), urgent, bulk).context("serve page faults")?;
     for (pid, uffd, ranges) in lazy {
         server
             .add_task(uffd.into(), pid, &ranges)
@@ -577,7 +587,7 @@ fn follow(
     loop {
         match server.wait_complete(Some(Duration::from_millis(200))) {
             Ok(progress) => {
-                client.close();
+                clients.iter().for_each(FaultClient::close);
                 return Ok(Finished {
                     faults: progress.stats.faults,
                     pages: progress.stats.fault_pages + progress.stats.prefetched,
@@ -586,7 +596,9 @@ fn follow(
                 });
             }
             Err(whimbrel_lazy::LazyError::Incomplete { .. }) => {
-                while let Ok(link) = faults.try_recv() {
+                spare.extend(faults.try_iter());
+                for client in clients.iter().filter(|client| !client.is_connected()) {
+                    let Some(link) = spare.pop() else { break };
                     observer.note("the source is back");
                     client.replace_connection(link).ok();
                     server.retry_now();

@@ -108,9 +108,7 @@ pub struct Options {
     pub redial: bool,
     /// Connections that may be in their handshake at once; more are refused.
     pub max_handshakes: usize,
-    /// Largest UDP payload that path MTU discovery tries. The default fits Ethernet; 8952 fits jumbo frames, but where
-    /// socket buffers overflow, quinn takes the lost bursts of large packets for a path that swallows them, and goes down
-    /// to 1200 for a minute (seen on loopback).
+    /// Largest UDP payload that path MTU discovery tries. The default fits jumbo frames; on other paths a few probes are lost.
     pub max_udp_payload: u16,
 }
 
@@ -128,7 +126,7 @@ impl Default for Options {
             resume_timeout: Duration::from_secs(30),
             redial: true,
             max_handshakes: 64,
-            max_udp_payload: 1452,
+            max_udp_payload: 8952,
         }
     }
 }
