@@ -23,7 +23,7 @@ const WINDOW: u32 = 100 << 20;
 /// The same before the delay is known, and the least. It fits into the receiver's socket buffer with the kernel's own
 /// overhead: on a short path all that is under way may end up there while the receiver waits for a processor, and what
 /// does not fit is lost.
-const LEAST_WINDOW: u32 = 6 << 20;
+const LEAST_WINDOW: u32 = 2 << 20;
 
 /// Bytes a second that windows are made for. Delays are measured with the waits for processors in them: room enough.
 const WINDOW_PER_SECOND: f64 = 1e9;

@@ -108,7 +108,9 @@ pub struct Options {
     pub redial: bool,
     /// Connections that may be in their handshake at once; more are refused.
     pub max_handshakes: usize,
-    /// Largest UDP payload that path MTU discovery tries. The default fits jumbo frames; on other paths a few probes are lost.
+    /// Largest UDP payload that path MTU discovery tries; on paths with less a few probes are lost. quinn hands up to ten
+    /// packets to the kernel in one call, which refuses more than 64 KiB: above the default all of them would be lost,
+    /// and quinn would fall back to 1200 bytes.
     pub max_udp_payload: u16,
 }
 
@@ -126,7 +128,7 @@ impl Default for Options {
             resume_timeout: Duration::from_secs(30),
             redial: true,
             max_handshakes: 64,
-            max_udp_payload: 8952,
+            max_udp_payload: 6500,
         }
     }
 }
