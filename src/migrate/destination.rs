@@ -576,8 +576,8 @@ fn follow(
         clients.push(ask(link)?);
     }
     let mut spare = Vec::new();
-    let source = |client: &FaultClient| std::sync::Arc::new(client.clone());
-    let (urgent, bulk) = (source(&clients[0]), source(&clients[clients.len() - 1]));
+    let urgent = std::sync::Arc::new(clients[0].urgent());
+    let bulk = std::sync::Arc::new(clients[clients.len() - 1].clone());
     let server = LazyServer::new(LazyConfig::default(), urgent, bulk).context("serve page faults")?;
     for (pid, uffd, ranges) in lazy {
         server

@@ -826,7 +826,7 @@ impl PageService {
         ];
         for (handle, endpoint, mut link) in places {
             let (endpoint, destination, request) = (endpoint.clone(), self.destination, self.request);
-            let server = FaultServer::new(source.clone(), None);
+            let server = FaultServer::new(source.clone(), None).reading_at_once();
             self.tasks.push(handle.spawn(async move {
                 loop {
                     let next = match link.take() {

@@ -26,7 +26,7 @@ use std::{io, time::Duration};
 pub use connection::{Connection, Incoming, SessionRequest};
 pub use endpoint::Endpoint;
 pub use error::{Error, RefusalCode};
-pub use faults::{FaultClient, FaultLink, FaultServer};
+pub use faults::{FaultClient, FaultLink, FaultServer, UrgentPages};
 pub use receiver::{ReceiveHandle, ReceiveStats};
 pub use sender::{PageSender, RoundStats};
 pub use session::{Received, Session};
