@@ -611,7 +611,6 @@ fn vdso_contents(task: &TaskImage, pages: &PageStore) -> Result<Option<Vec<u8>>>
     Ok(states.contains(&PageState::Data).then_some(code))
 }
 
-
 /// Writes the contents of all memory, in as many threads as there are processors.
 fn fill(
     sink: &MemorySink,
@@ -675,16 +674,19 @@ fn fill(
                     let sink = sink
                         .as_mut()
                         .map_err(|error| Error::new("fill memory").because(error.to_string()))?;
-                    let mut buffer = vec![0u8; PART as usize];
+                    let mut buffer = Vec::new();
                     loop {
                         let index = next.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
                         let Some((object, run, file, offset)) = work.get(index) else {
                             return Ok(());
                         };
                         let failed = || Error::new("fill memory").object(format!("{object:?} {:#x}", run.start));
-                        let bytes = &mut buffer[..run.bytes() as usize];
-                        file.read_exact_at(bytes, *offset).with(failed)?;
-                        sink.write_pages(*object, *run, bytes).with(failed)?;
+                        if sink.write_file(*object, *run, file, *offset) {
+                            continue;
+                        }
+                        buffer.resize(run.bytes() as usize, 0);
+                        file.read_exact_at(&mut buffer, *offset).with(failed)?;
+                        sink.write_pages(*object, *run, &buffer).with(failed)?;
                     }
                 })
             })
