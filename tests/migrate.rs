@@ -50,7 +50,7 @@ fn redis_moves(mode: &str) {
     let redis = Redis::start(&hosts.a, hosts.path(), 200);
     let clients = Clients::start(&hosts.client, hosts.path(), 3);
     let address = format!("{MOVING}/24");
-    moves(
+    let done = moves(
         &hosts.a,
         &hosts.b,
         redis.pid,
@@ -58,7 +58,7 @@ fn redis_moves(mode: &str) {
     );
     clients.work();
     let (replies, messages) = clients.stop();
-    println!("{replies} replies and {messages} messages, all right");
+    println!("{replies} replies and {messages} messages, all right; {done}");
     assert!(hosts.b.read_proc(redis.pid, "status").contains("TracerPid:\t0"));
     nothing_is_left(&hosts.a, "nothing");
     nothing_is_left(&hosts.b, "redis-server");

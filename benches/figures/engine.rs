@@ -101,7 +101,7 @@ pub fn track(setup: &Setup, table: &mut Table) -> Result<()> {
         "ms",
         &attach,
         "",
-        "the only stop",
+        "the victim is stopped for a part of it",
     );
     table.row(&format!("arm {mib} MiB, first look"), "ms", &arm, "", "the victim runs");
     let remark = format!("{:.0} pages were written in 100 ms", median(&found));

@@ -46,13 +46,11 @@ fn migrate(setup: &Setup, mib: u64, mode: &str) -> Result<Moved> {
     std::thread::sleep(Duration::from_millis(200));
     let pause = victim.longest_pause(from, now())?;
     victim.reap()?;
-    let events = took
+    let mut events = took
         .output
         .lines()
         .filter_map(|line| serde_json::from_str::<Value>(line).ok());
-    let report = events
-        .filter(|event| event["event"] == "done")
-        .next_back()
+    let report = events.rfind(|event| event["event"] == "done")
         .ok_or("the migration has no report")?;
     Ok(Moved {
         // It notes the pause when it runs there: no note, no life.

@@ -1,7 +1,7 @@
 //! The victim: a process with memory that it keeps writing, which measures from inside how long it did not run.
 
 use std::fs::{self, File};
-use std::io::Write;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -18,6 +18,8 @@ const WORDS_PER_PAGE: usize = 4096 / 8;
 const TICK: Duration = Duration::from_micros(100);
 /// Gaps from this length on are noted.
 const GAP: u64 = 500_000;
+/// Bytes of the file with the notes.
+const NOTES: u64 = 4 << 20;
 
 /// Nanoseconds of the monotonic clock, the same in all processes of this machine.
 pub fn now() -> u64 {
@@ -52,9 +54,10 @@ pub fn run(arguments: &[String]) -> ! {
         std::thread::spawn(|| std::thread::sleep(Duration::from_secs(1 << 20)));
     }
     if writes > 0 {
-        let gaps = File::options().append(true).create(true).open(directory.join("gaps"));
-        let mut gaps = gaps.expect("the directory can be written to");
-        std::thread::spawn(move || note_gaps(&mut gaps));
+        let gaps = File::create(directory.join("gaps")).expect("the directory can be written to");
+        // Its size stays, or a restore would find it another file than at the dump.
+        gaps.set_len(NOTES).expect("the file can grow");
+        std::thread::spawn(move || note_gaps(&gaps));
     }
     fs::write(directory.join("ready"), "").expect("the directory can be written to");
     if writes == 0 {
@@ -77,15 +80,18 @@ pub fn run(arguments: &[String]) -> ! {
     }
 }
 
-fn note_gaps(gaps: &mut File) {
+fn note_gaps(gaps: &File) {
     // It waits for the tool, not for its turn behind the tool's threads.
     let _ = rustix::process::setpriority_process(None, -15);
-    let mut last = now();
+    let (mut last, mut at) = (now(), 0);
     loop {
         std::thread::sleep(TICK);
         let this = now();
         if this - last > GAP {
-            let _ = gaps.write_all(format!("{last} {this}\n").as_bytes());
+            let note = format!("{last} {this}\n");
+            if at + (note.len() as u64) < NOTES && gaps.write_all_at(note.as_bytes(), at).is_ok() {
+                at += note.len() as u64;
+            }
         }
         last = now();
     }
@@ -113,6 +119,8 @@ impl Victim {
             .stdout(Stdio::null())
             .stderr(Stdio::null())
             .spawn()?;
+        // Sessions share the processors group by group, where the kernel does that: within a group niceness counts.
+        let _ = fs::write(format!("/proc/{}/autogroup", child.id()), "-15");
         let mut victim = Victim {
             child,
             directory: directory.to_owned(),

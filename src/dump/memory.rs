@@ -9,10 +9,11 @@ use super::runs::RunSet;
 use crate::error::{Context, Error, Result};
 use crate::resource::mem::pages::{self, Pages};
 
-/// Bytes that are read at once.
-const BATCH: usize = 1 << 20;
+/// Bytes that are read at once. All batches under way fit into a processor's cache, so that memory is read once and
+/// written once.
+const BATCH: usize = 256 << 10;
 /// Batches that are read ahead of the sink.
-const AHEAD: usize = 8;
+const AHEAD: usize = 4;
 
 /// What was read.
 #[derive(Clone, Copy, Debug, Default)]

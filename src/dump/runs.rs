@@ -51,7 +51,12 @@ impl RunSet {
 
     /// The pages in both.
     pub fn intersect(&self, other: &RunSet) -> RunSet {
-        let (mut out, mut i, mut j) = (Vec::new(), 0, 0);
+        // Asked for a few pages of many, it must not walk through all of them.
+        let first = |of: &RunSet, from: &RunSet| {
+            let start = from.0.first().map_or(u64::MAX, |range| range.0);
+            of.0.partition_point(|range| range.1 <= start)
+        };
+        let (mut out, mut i, mut j) = (Vec::new(), first(self, other), first(other, self));
         while let (Some(&a), Some(&b)) = (self.0.get(i), other.0.get(j)) {
             let (start, end) = (a.0.max(b.0), a.1.min(b.1));
             if start < end {

@@ -31,6 +31,9 @@ use crate::tree::{TaskImage, TreeImage};
 /// Room for pages that wait for their mappings, beyond what the source announced, in bytes.
 const EXTRA_ROOM: u64 = 64 << 20;
 
+/// How long the background fetch waits for a connection of its own.
+const SECOND_LINK: Duration = Duration::from_millis(50);
+
 /// What happens at this destination, for whoever shows it.
 pub trait Observer: Send + Sync {
     /// One line about a migration.
@@ -538,15 +541,23 @@ fn follow(
     observer: &dyn Observer,
 ) -> Result<Finished> {
     let link = faults.recv().context("await the connection for page requests")?;
-    let client = {
+    let ask = |link| {
         let _inside = runtime.enter();
-        FaultClient::new(link).context("ask for pages")?
+        FaultClient::new(link).context("ask for pages")
     };
-    let mut serving = Serving::start(lazy, Arc::new(Urgent(client.clone())), Arc::new(client.clone()))?;
+    // The source makes two connections: what is fetched in the background must not be in a fault's way.
+    let mut clients = vec![ask(link)?];
+    if let Ok(link) = faults.recv_timeout(SECOND_LINK) {
+        clients.push(ask(link)?);
+    }
+    let mut spare = Vec::new();
+    let urgent = Arc::new(Urgent(clients[0].clone()));
+    let bulk = Arc::new(clients[clients.len() - 1].clone());
+    let mut serving = Serving::start(lazy, urgent, bulk)?;
     loop {
         match serving.wait(Duration::from_millis(200)) {
             Ok(Some(progress)) => {
-                client.close();
+                clients.iter().for_each(FaultClient::close);
                 serving.finish();
                 return Ok(Finished {
                     faults: progress.stats.faults,
@@ -556,14 +567,16 @@ fn follow(
                 });
             }
             Ok(None) => {
-                while let Ok(link) = faults.try_recv() {
+                spare.extend(faults.try_iter());
+                for client in clients.iter().filter(|client| !client.is_connected()) {
+                    let Some(link) = spare.pop() else { break };
                     observer.note("the source is back");
                     client.replace_connection(link).ok();
                     serving.retry_now();
                 }
             }
             Err(error) => {
-                client.close();
+                clients.iter().for_each(FaultClient::close);
                 return Err(error);
             }
         }

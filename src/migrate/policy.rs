@@ -62,7 +62,7 @@ pub fn decide(seen: Observation, limits: &Limits) -> Decision {
     });
     let predicted = FIXED + Duration::from_secs_f64(expected as f64 / rate.max(1.0));
     let small = seen.sent_pages <= FEW;
-    if seen.round > 1 && (small || predicted <= limits.max_downtime && !shrinks_fast(seen)) {
+    if seen.round > 1 && (small || predicted <= limits.max_downtime && !shrinks(seen)) {
         return Decision::Freeze;
     }
     let stuck = seen
@@ -79,10 +79,11 @@ pub fn decide(seen: Observation, limits: &Limits) -> Decision {
     }
 }
 
-/// Did the last round find less than half of what the one before it found?
-fn shrinks_fast(seen: Observation) -> bool {
+/// Did the last round find so much less than the one before it that the next one lowers the downtime, even if that is short
+/// enough already?
+fn shrinks(seen: Observation) -> bool {
     seen.previous_pages
-        .is_some_and(|previous| seen.sent_pages * 2 < previous && seen.sent_pages > 4 * FEW)
+        .is_some_and(|previous| seen.sent_pages * 4 < previous * 3)
 }
 
 #[cfg(test)]

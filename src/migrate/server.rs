@@ -166,8 +166,10 @@ async fn take(incoming: Incoming, all: &Arc<Migrations>, options: &Options, obse
             let body = move || {
                 let result = destination::run(&session, &faults, &options, &one, &*observer);
                 one.all.end(&id);
-                if let Err(error) = result {
-                    observer.note(&format!("failed: {}", error.chain()));
+                match result {
+                    Ok(destination::Outcome::Running { pid }) => reap(pid),
+                    Ok(_) => {}
+                    Err(error) => observer.note(&format!("failed: {}", error.chain())),
                 }
             };
             if let Err(error) = std::thread::Builder::new().name("whimbrel-engine".into()).spawn(body) {
@@ -186,6 +188,15 @@ async fn take(incoming: Incoming, all: &Arc<Migrations>, options: &Options, obse
                 )
                 .await
         }
+    }
+}
+
+/// Waits for the end of a tree's root. It is our child, and nobody else would free its pid, which the tree may need again:
+/// it may move away and come back.
+fn reap(pid: i32) {
+    if let Some(pid) = rustix::process::Pid::from_raw(pid) {
+        let wait = || rustix::process::waitpid(Some(pid), rustix::process::WaitOptions::empty());
+        while matches!(wait(), Err(rustix::io::Errno::INTR)) {}
     }
 }
 

@@ -2,13 +2,14 @@
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use whimbrel_images::page::{MemoryObject, PAGE_SIZE, PageSink, PageSource};
 use whimbrel_images::store::{ImageStore, MemStore};
 use whimbrel_page_server::proto::{Role, SessionId};
-use whimbrel_page_server::transport::{Endpoint, FaultServer, PageSender, Runtime, Session, SessionRequest};
+use whimbrel_page_server::transport::{Endpoint, FaultLink, FaultServer, PageSender, Runtime, Session, SessionRequest};
 
 use super::journal::{Decision as Recorded, Journal};
 use super::policy::{self, Decision, Limits, Observation};
@@ -31,6 +32,8 @@ use crate::resource::mem::{mapping, pages::Pages};
 use crate::restore;
 use crate::tree::TreeImage;
 
+/// How often a running tree is looked at before what seems impossible to carry is taken to be so.
+const LOOKS: u32 = 5;
 /// How often a destination that did not answer is asked what became of the tree.
 const ASK_AGAIN: Duration = Duration::from_secs(1);
 
@@ -120,6 +123,8 @@ pub fn run(runtime: &Runtime, endpoint: &Endpoint, options: &Options, observer: 
         session,
         request,
         report: Report::default(),
+        prepared: None,
+        pages: None,
     };
     let result = migration.run(looked);
     match &result {
@@ -153,8 +158,38 @@ struct LookedTask {
 }
 
 impl Looked {
+    /// Looks at a tree that runs on: what is being made or taken down just then can seem impossible to carry. Only what
+    /// stays so is an error.
     fn look(options: &Options) -> Result<Looked> {
+        let mut looks = 0;
+        let mut looked = loop {
+            looks += 1;
+            match Looked::once(options) {
+                Ok(looked) => break looked,
+                Err(error) if looks == LOOKS => return Err(error),
+                Err(_) => std::thread::sleep(Duration::from_millis(5)),
+            }
+        };
+        if !options.dry_run {
+            looked.watch();
+        }
+        Ok(looked)
+    }
+
+    fn watch(&mut self) {
         let mut cache = GadgetCache::default();
+        for task in &mut self.tasks {
+            match track::start(task.pid, &mut cache) {
+                Ok(tracker) => task.tracker = Some(tracker),
+                // Without a tracker all of it is sent in the freeze: slower, not wrong.
+                Err(error) => {
+                    tracing::warn!(error = error.chain(), "memory is not watched: no rounds for this task")
+                }
+            }
+        }
+    }
+
+    fn once(options: &Options) -> Result<Looked> {
         let mut looked = Looked {
             tasks: Vec::new(),
             begin: Begin::default(),
@@ -166,6 +201,7 @@ impl Looked {
         begin.cpu_state = crate::arch::cpu_state_components();
         let mut queue = std::collections::VecDeque::from([(options.pid, 0u32)]);
         let mut files: HashMap<String, NeededFile> = HashMap::new();
+        let mut collected = Collected::default();
         while let Some((pid, parent)) = queue.pop_front() {
             let (stat, status) = match read_ids(pid) {
                 Ok(ids) => ids,
@@ -193,7 +229,9 @@ impl Looked {
             if !zombie {
                 let maps = procfs::maps::parse(&procfs::read(pid, "smaps")?)?;
                 describe_memory(pid, &maps, &stat, &mut shape, begin, &mut files)?;
-                look_at_files(pid, options, begin)?;
+                let pidfd = sys::pidfd_open(pid).with(|| Error::new("open a pidfd").task(pid))?;
+                let highest = collected.look_at_running(pid, pidfd.as_fd())?;
+                begin.highest_descriptor = begin.highest_descriptor.max(highest);
                 looked.tasks.push(LookedTask {
                     pid,
                     inner: number,
@@ -206,17 +244,8 @@ impl Looked {
             begin.tasks.push(shape);
         }
         begin.files = files.into_values().collect();
-        if options.limits.mode != Mode::PostCopy && !options.dry_run {
-            for task in &mut looked.tasks {
-                match track::start(task.pid, &mut cache) {
-                    Ok(tracker) => task.tracker = Some(tracker),
-                    // Without a tracker all of it is sent in the freeze: slower, not wrong.
-                    Err(error) => {
-                        tracing::warn!(error = error.chain(), "memory is not watched: no rounds for this task")
-                    }
-                }
-            }
-        }
+        // All at once: the other end of a socket may be in another task.
+        check_files(&collected, options, begin)?;
         Ok(looked)
     }
 }
@@ -268,15 +297,9 @@ fn describe_memory(
     Ok(())
 }
 
-/// Descriptors of a running task: whether all of them can be carried, and what they need of the other host.
-fn look_at_files(pid: i32, options: &Options, begin: &mut Begin) -> Result<()> {
-    use std::os::fd::AsFd;
-    let store = MemStore::new();
-    let mut collected = Collected::default();
-    let pidfd = sys::pidfd_open(pid).with(|| Error::new("open a pidfd").task(pid))?;
-    let highest = collected.look_at_running(pid, pidfd.as_fd())?;
-    begin.highest_descriptor = begin.highest_descriptor.max(highest);
-    collected.check_files(&store, &options.dump)?;
+/// Whether all descriptors of a running tree can be carried, and what they need of the other host.
+fn check_files(collected: &Collected, options: &Options, begin: &mut Begin) -> Result<()> {
+    collected.check_files(&MemStore::new(), &options.dump)?;
     for connection in collected.connections()? {
         let text = connection.local.ip().to_canonical().to_string();
         if !begin.addresses.contains(&text) {
@@ -294,6 +317,9 @@ struct Migration<'a> {
     session: Session,
     request: SessionRequest,
     report: Report,
+    /// Looked up before the last round, so that nothing is written meanwhile that the freeze has to send.
+    prepared: Option<Prepared>,
+    pages: Option<PageService>,
 }
 
 impl Migration<'_> {
@@ -351,6 +377,10 @@ impl Migration<'_> {
     fn rounds(&mut self, looked: &mut Looked, sender: &PageSender) -> Result<bool> {
         let limits = &self.options.limits;
         if limits.mode == Mode::PostCopy {
+            // What is there is looked up while it runs; the freeze then only asks what changed.
+            for task in &mut looked.tasks {
+                look_ahead(task)?;
+            }
             return Ok(true);
         }
         if looked.tasks.iter().all(|task| task.tracker.is_none()) {
@@ -373,6 +403,9 @@ impl Migration<'_> {
             };
             self.observer.round(number, &round);
             self.report.rounds.push(round);
+            if self.prepared.is_some() {
+                return Ok(false);
+            }
             let sent_pages = stats.pages + stats.zero_pages;
             let seen = Observation {
                 round: number,
@@ -383,7 +416,8 @@ impl Migration<'_> {
             previous = Some(sent_pages);
             match policy::decide(seen, limits) {
                 Decision::Again => {}
-                Decision::Freeze => return Ok(false),
+                // One more, for what is written during the look.
+                Decision::Freeze => self.prepared = Some(Prepared::look_tracked(self.options.pid)?),
                 Decision::FreezeAndFollow => return Ok(true),
                 Decision::GiveUp => {
                     let cause = format!(
@@ -403,7 +437,17 @@ impl Migration<'_> {
     /// From the freeze to the end. Every early return lets the tree go on here.
     fn cut_over(&mut self, mut looked: Looked, sender: &PageSender, follow: bool) -> Result<()> {
         self.check_cancelled()?;
-        let prepared = Prepared::look_tracked(self.options.pid)?;
+        if follow {
+            self.pages = Some(PageService::connect(
+                self.endpoint,
+                self.options.destination,
+                self.request.session_id,
+            )?);
+        }
+        let prepared = match self.prepared.take() {
+            Some(prepared) => prepared,
+            None => Prepared::look_tracked(self.options.pid)?,
+        };
         self.observer.phase(Phase::Freeze);
         let frozen = dump::freeze(self.options.pid, prepared, &self.options.dump)?;
         let since = frozen.since;
@@ -546,13 +590,11 @@ impl Migration<'_> {
         let started = Instant::now();
         let source: Arc<dyn PageSource> = Arc::new(FrozenPages::open(frozen, &lazy)?);
         let session_id = self.request.session_id;
-        let serving = serve_pages(
-            self.runtime,
-            self.endpoint,
-            self.options.destination,
-            session_id,
-            source,
-        );
+        let mut serving = match self.pages.take() {
+            Some(service) => service,
+            None => PageService::connect(self.endpoint, self.options.destination, session_id)?,
+        };
+        serving.serve(self.runtime, self.endpoint, source);
         let finished = loop {
             match self.receive("await the end of post-copy") {
                 Ok(Body::Finished(finished)) => break Some(finished),
@@ -567,7 +609,7 @@ impl Migration<'_> {
                 }
             }
         };
-        serving.abort();
+        drop(serving);
         let finished = finished.unwrap_or_default();
         self.report.followed = Some(Followed {
             faults: finished.faults,
@@ -605,6 +647,16 @@ fn unexpected(body: &Body) -> Error {
         "the destination answered something else than expected: {:.80}",
         text
     ))
+}
+
+/// Finds what a task has, to be carried later.
+fn look_ahead(task: &mut LookedTask) -> Result<()> {
+    let Some(tracker) = &mut task.tracker else {
+        return Ok(());
+    };
+    let maps = procfs::maps::parse(&procfs::read(task.pid, "maps")?)?;
+    task.owed = tracker.look(&maps)?.dirty;
+    Ok(())
 }
 
 /// Sends what a task wrote since the last round.
@@ -700,30 +752,83 @@ fn select_last(
     Ok(((needed.subtract(&later), gone), later))
 }
 
-/// Serves pages over as many connections as it takes, until aborted.
-fn serve_pages(
-    runtime: &Runtime,
+/// Serves pages over as many connections as it takes, until dropped: one for faults, with a socket and a thread of its
+/// own, and one for all the rest.
+struct PageService {
+    faults: Endpoint,
+    runtime: Runtime,
+    destination: SocketAddr,
+    request: SessionRequest,
+    links: [Option<FaultLink>; 2],
+    tasks: Vec<tokio::task::JoinHandle<()>>,
+}
+
+impl PageService {
+    /// Makes the connections ahead, so that the first fault does not wait for handshakes. Those that fail are made later.
+    fn connect(endpoint: &Endpoint, destination: SocketAddr, session_id: SessionId) -> Result<PageService> {
+        let request = SessionRequest {
+            role: Role::Faults { initiator_serves: true },
+            session_id,
+        };
+        let runtime = Runtime::new(1).context("start a thread for page requests")?;
+        let links = runtime.block_on(async {
+            let faults = endpoint.another()?;
+            let first = dial(&faults, destination, request).await.ok();
+            Ok::<_, whimbrel_page_server::transport::Error>((faults, first))
+        });
+        let (faults, first) = links.context("open a socket for page requests")?;
+        let second = runtime.block_on(dial(endpoint, destination, request)).ok();
+        Ok(PageService {
+            faults,
+            runtime,
+            destination,
+            request,
+            links: [first, second],
+            tasks: Vec::new(),
+        })
+    }
+
+    /// Begins to answer, the bulk in `runtime`.
+    fn serve(&mut self, runtime: &Runtime, endpoint: &Endpoint, source: Arc<dyn PageSource>) {
+        let [first, second] = std::mem::take(&mut self.links);
+        let places = [
+            (self.runtime.handle(), &self.faults, first),
+            (runtime.handle(), endpoint, second),
+        ];
+        for (handle, endpoint, mut link) in places {
+            let (endpoint, destination, request) = (endpoint.clone(), self.destination, self.request);
+            let server = FaultServer::new(source.clone(), None).reading_at_once();
+            self.tasks.push(handle.spawn(async move {
+                loop {
+                    let next = match link.take() {
+                        Some(link) => Ok(link),
+                        None => dial(&endpoint, destination, request).await,
+                    };
+                    match next {
+                        Ok(link) => drop(server.serve(link).await),
+                        Err(error) => {
+                            tracing::warn!(%error, "a connection for page requests is down; trying again")
+                        }
+                    }
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                }
+            }));
+        }
+    }
+}
+
+impl Drop for PageService {
+    fn drop(&mut self) {
+        self.tasks.iter().for_each(tokio::task::JoinHandle::abort);
+    }
+}
+
+async fn dial(
     endpoint: &Endpoint,
     destination: SocketAddr,
-    session_id: SessionId,
-    source: Arc<dyn PageSource>,
-) -> tokio::task::JoinHandle<()> {
-    let request = SessionRequest {
-        role: Role::Faults { initiator_serves: true },
-        session_id,
-    };
-    let endpoint = endpoint.clone();
-    runtime.handle().spawn(async move {
-        let server = FaultServer::new(source, None);
-        loop {
-            let link = async { endpoint.connect(destination).await?.open_faults(request).await };
-            match link.await {
-                Ok(link) => drop(server.serve(link).await),
-                Err(error) => tracing::warn!(%error, "the connection for page requests is down; trying again"),
-            }
-            tokio::time::sleep(Duration::from_millis(100)).await;
-        }
-    })
+    request: SessionRequest,
+) -> std::result::Result<FaultLink, whimbrel_page_server::transport::Error> {
+    endpoint.connect(destination).await?.open_faults(request).await
 }
 
 /// Finishes what an earlier run of ours decided and did not see through.
@@ -801,17 +906,12 @@ fn serve_again(
         tasks.push((pid, status.ns_pid.last().copied().unwrap_or(pid) as u32));
     }
     let session_id = session.parse().context("read the decision")?;
-    let serving = serve_pages(
-        runtime,
-        endpoint,
-        destination,
-        session_id,
-        Arc::new(FrozenPages::of_stopped(&tasks)?),
-    );
+    let mut serving = PageService::connect(endpoint, destination, session_id)?;
+    serving.serve(runtime, endpoint, Arc::new(FrozenPages::of_stopped(&tasks)?));
     while !ask_state(runtime, endpoint, destination, session).is_some_and(|answer| answer.complete) {
         std::thread::sleep(ASK_AGAIN);
     }
-    serving.abort();
+    drop(serving);
     Ok(())
 }
 

@@ -238,6 +238,17 @@ impl MemorySink {
         Ok(copy)
     }
 
+    /// Writes a part of a pages file, without a copy of it in between. Tells whether it could.
+    pub fn write_file(&self, object: MemoryObject, run: PageRun, file: &File, offset: u64) -> bool {
+        let MemoryObject::Task(pid) = object else {
+            return false;
+        };
+        let window = mm::Window::of(file, offset, run.bytes() as usize);
+        let task = self.tasks.get(&pid);
+        task.zip(window.ok())
+            .is_some_and(|((memory, _), window)| memory.write_window(RemoteAddr(run.start), &window))
+    }
+
     fn task(&self, pid: u32) -> std::io::Result<&(RemoteMemory, File)> {
         self.tasks
             .get(&pid)

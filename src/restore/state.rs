@@ -674,16 +674,19 @@ fn fill(
                     let sink = sink
                         .as_mut()
                         .map_err(|error| Error::new("fill memory").because(error.to_string()))?;
-                    let mut buffer = vec![0u8; PART as usize];
+                    let mut buffer = Vec::new();
                     loop {
                         let index = next.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
                         let Some((object, run, file, offset)) = work.get(index) else {
                             return Ok(());
                         };
                         let failed = || Error::new("fill memory").object(format!("{object:?} {:#x}", run.start));
-                        let bytes = &mut buffer[..run.bytes() as usize];
-                        file.read_exact_at(bytes, *offset).with(failed)?;
-                        sink.write_pages(*object, *run, bytes).with(failed)?;
+                        if sink.write_file(*object, *run, file, *offset) {
+                            continue;
+                        }
+                        buffer.resize(run.bytes() as usize, 0);
+                        file.read_exact_at(&mut buffer, *offset).with(failed)?;
+                        sink.write_pages(*object, *run, &buffer).with(failed)?;
                     }
                 })
             })

@@ -92,7 +92,9 @@ impl Host {
 
     /// Starts to migrate a process from here.
     pub fn migrate(&self, pid: i32, to: &Host, options: &[&str]) -> Migration {
-        self.migrate_to(pid, &to.address, options)
+        let mut migration = self.migrate_to(pid, &to.address, options);
+        migration.destination_log = to.directory.join("serve.log");
+        migration
     }
 
     /// Starts to migrate a process from here to an address.
@@ -120,6 +122,7 @@ impl Host {
             events,
             seen: Vec::new(),
             errors,
+            destination_log: PathBuf::new(),
         }
     }
 }
@@ -225,6 +228,7 @@ pub struct Migration {
     /// Events so far.
     pub seen: Vec<Value>,
     errors: PathBuf,
+    destination_log: PathBuf,
 }
 
 impl Migration {
@@ -249,9 +253,11 @@ impl Migration {
         }
     }
 
-    /// What it said about errors.
+    /// What it said about errors, and what the destination says.
     pub fn errors(&self) -> String {
-        std::fs::read_to_string(&self.errors).unwrap_or_default()
+        let [ours, theirs] =
+            [&self.errors, &self.destination_log].map(|path| std::fs::read_to_string(path).unwrap_or_default());
+        format!("{ours}\nthe destination says:\n{theirs}")
     }
 
     /// Waits for the end.

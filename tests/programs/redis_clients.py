@@ -56,6 +56,8 @@ def client(number):
             commands += [('INCR', counter), ('SET', name, value), ('GET', name)]
             wanted += [n, '+OK', value.encode()]
             last[name] = value.encode()
+        # Both processors belong to the move as well.
+        time.sleep(0.002)
         connection.send(*commands)
         for command, want in zip(commands, wanted):
             got = connection.receive()

@@ -20,8 +20,22 @@ use crate::proto::{SessionId, link::Local};
 /// Bytes under way that the windows have room for: 1 GB/s over 50 ms, twice.
 const WINDOW: u32 = 100 << 20;
 
-/// Socket buffers to ask for; the kernel gives what `net.core.rmem_max` and `wmem_max` allow.
+/// The same before the delay is known, and the least. It fits into the receiver's socket buffer with the kernel's own
+/// overhead: on a short path all that is under way may end up there while the receiver waits for a processor, and what
+/// does not fit is lost.
+const LEAST_WINDOW: u32 = 2 << 20;
+
+/// Bytes a second that windows are made for. Delays are measured with the waits for processors in them: room enough.
+const WINDOW_PER_SECOND: f64 = 1e9;
+
+/// Socket buffers to ask for. Without CAP_NET_ADMIN the kernel gives what `net.core.rmem_max` and `wmem_max` allow.
 const SOCKET_BUFFER: usize = 8 << 20;
+
+/// Gives a connection the window that its delay needs.
+pub(super) fn fit_window(connection: &quinn::Connection) {
+    let wanted = (connection.rtt().as_secs_f64() * WINDOW_PER_SECOND) as u32;
+    connection.set_receive_window(VarInt::from_u32(wanted.clamp(LEAST_WINDOW, WINDOW)));
+}
 
 /// What all connections of an endpoint share.
 #[derive(Debug)]
@@ -77,11 +91,29 @@ impl Endpoint {
     /// # Errors
     /// When the credentials cannot be used or the socket cannot be opened.
     pub fn bind(address: SocketAddr, credentials: &Credentials, options: Options) -> Result<Self, Error> {
+        Self::open(address, Arc::new(Authenticator::new(credentials)?), options)
+    }
+
+    /// Another socket of the same host, on any port, with the same identity and options: what it carries waits neither
+    /// in the queues of this one nor, in a runtime of its own, behind its work.
+    ///
+    /// # Errors
+    /// As [`Endpoint::bind`].
+    pub fn another(&self) -> Result<Self, Error> {
+        let any = if self.local_address().is_ok_and(|address| address.is_ipv6()) {
+            SocketAddr::from(([0_u16; 8], 0))
+        } else {
+            SocketAddr::from(([0, 0, 0, 0], 0))
+        };
+        let common = &self.0.common;
+        Self::open(any, common.authenticator.clone(), common.options.clone())
+    }
+
+    fn open(address: SocketAddr, authenticator: Arc<Authenticator>, options: Options) -> Result<Self, Error> {
         let bind_error = |source| Error::Bind {
             address,
             source: Arc::new(source),
         };
-        let authenticator = Arc::new(Authenticator::new(credentials)?);
         let transport = Arc::new(transport_config(&options));
         let mut server = server_config(&authenticator, &transport, &Outcome::default())?;
         server.max_incoming(options.max_handshakes * 2);
@@ -90,10 +122,13 @@ impl Endpoint {
             .max_udp_payload_size(options.max_udp_payload.max(1472))
             .expect("within bounds");
         let socket = UdpSocket::bind(address).map_err(bind_error)?;
-        let raw = socket2::SockRef::from(&socket);
         // Best effort: with the kernel's default the socket only loses packets earlier.
-        let _ = raw.set_recv_buffer_size(SOCKET_BUFFER);
-        let _ = raw.set_send_buffer_size(SOCKET_BUFFER);
+        {
+            use rustix::net::sockopt;
+            let _ = sockopt::set_socket_recv_buffer_size_force(&socket, SOCKET_BUFFER)
+                .or_else(|_| sockopt::set_socket_recv_buffer_size(&socket, SOCKET_BUFFER));
+            let _ = sockopt::set_socket_send_buffer_size(&socket, SOCKET_BUFFER);
+        }
         let runtime = Arc::new(quinn::TokioRuntime);
         let quinn = quinn::Endpoint::new(config, Some(server), socket, runtime).map_err(bind_error)?;
         let common = Arc::new(Common {
@@ -187,7 +222,7 @@ fn transport_config(options: &Options) -> TransportConfig {
         .max_concurrent_uni_streams(VarInt::from_u32(options.limits.batch_window.saturating_add(16)))
         .max_concurrent_bidi_streams(VarInt::from_u32(1024))
         .stream_receive_window(VarInt::from_u32(16 << 20))
-        .receive_window(VarInt::from_u32(WINDOW))
+        .receive_window(VarInt::from_u32(LEAST_WINDOW))
         .send_window(u64::from(WINDOW))
         // Batches are applied in order, so the oldest is finished first.
         .send_fairness(false)

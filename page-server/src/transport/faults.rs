@@ -23,6 +23,8 @@ const BACKGROUND: usize = 4;
 
 /// Urgent requests that a server reads pages for at once.
 const URGENT: usize = 64;
+/// Most pages that are read on the runtime's own threads, from a source that allows it.
+const FEW: u64 = 16;
 
 /// Pages in the requests that a long [`PageSource::read_pages`] is cut into.
 const CHUNK: u64 = 256;
@@ -239,6 +241,39 @@ impl FaultClient {
     }
 }
 
+/// A [`FaultClient`] all of whose requests are urgent: somebody waits for each of these pages.
+#[derive(Clone, Debug)]
+pub struct UrgentPages(FaultClient);
+
+impl PageSource for UrgentPages {
+    /// Blocks. At most 1024 pages.
+    fn read_pages(&self, object: MemoryObject, run: PageRun, buffer: &mut [u8]) -> io::Result<Vec<PageState>> {
+        self.0.read_at_once(object, run, true, buffer)
+    }
+}
+
+impl FaultClient {
+    /// The same client for pages that somebody waits for.
+    pub fn urgent(&self) -> UrgentPages {
+        UrgentPages(self.clone())
+    }
+
+    fn read_at_once(
+        &self,
+        object: MemoryObject,
+        run: PageRun,
+        urgent: bool,
+        buffer: &mut [u8],
+    ) -> io::Result<Vec<PageState>> {
+        let reply = self.request_blocking(object, run, urgent)?;
+        if reply.data.len() != buffer.len() {
+            return Err(io::Error::other("the reply is not as long as the request"));
+        }
+        buffer.copy_from_slice(&reply.data);
+        Ok(reply.states)
+    }
+}
+
 impl PageSource for FaultClient {
     /// Blocks; long runs are cut into requests that are under way together.
     fn read_pages(&self, object: MemoryObject, run: PageRun, buffer: &mut [u8]) -> io::Result<Vec<PageState>> {
@@ -248,6 +283,9 @@ impl PageSource for FaultClient {
                 pages: run.pages,
             }
             .into());
+        }
+        if run.pages <= CHUNK {
+            return self.read_at_once(object, run, false, buffer);
         }
         let starts = (0..run.pages).step_by(CHUNK as usize);
         let chunks = starts.map(|first| PageRun {
@@ -349,6 +387,7 @@ struct Slots {
 pub struct FaultServer {
     source: Arc<dyn PageSource>,
     level: Option<i32>,
+    at_once: bool,
 }
 
 impl std::fmt::Debug for FaultServer {
@@ -362,7 +401,17 @@ impl std::fmt::Debug for FaultServer {
 impl FaultServer {
     /// Serves this source. Background replies are compressed at zstd level `level`, if given; urgent ones never are.
     pub fn new(source: Arc<dyn PageSource>, level: Option<i32>) -> Self {
-        Self { source, level }
+        Self {
+            source,
+            level,
+            at_once: false,
+        }
+    }
+
+    /// Says that the source never waits for a disk or a network: urgent requests for few pages are then answered where they
+    /// are read, without a thread in between.
+    pub fn reading_at_once(self) -> Self {
+        Self { at_once: true, ..self }
     }
 
     /// Answers requests on this connection until the peer says that it is done.
@@ -430,6 +479,9 @@ impl FaultServer {
                 Err(error) => PageReply::encode_refusal(&error.to_string()),
             }
         };
+        if self.at_once && request.urgent && request.run.pages <= FEW {
+            return read();
+        }
         let reply = tokio::task::spawn_blocking(read).await;
         reply.unwrap_or_else(|_| PageReply::encode_refusal("reading the pages failed"))
     }

@@ -217,6 +217,7 @@ async fn read_bulk(shared: Weak<Shared>, generation: u64, quinn: quinn::Connecti
     let decoders = Arc::new(Semaphore::new(workers.max(1)));
     // The number of tasks is bounded by the streams that the peer may open.
     while let Ok(stream) = quinn.accept_uni().await {
+        super::endpoint::fit_window(&quinn);
         let (shared, quinn, decoders) = (shared.clone(), quinn.clone(), decoders.clone());
         tokio::spawn(async move {
             if let Err(error) = read_one(&shared, generation, stream, &decoders).await {

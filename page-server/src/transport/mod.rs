@@ -26,7 +26,7 @@ use std::{io, time::Duration};
 pub use connection::{Connection, Incoming, SessionRequest};
 pub use endpoint::Endpoint;
 pub use error::{Error, RefusalCode};
-pub use faults::{FaultClient, FaultLink, FaultServer};
+pub use faults::{FaultClient, FaultLink, FaultServer, UrgentPages};
 pub use receiver::{ReceiveHandle, ReceiveStats};
 pub use sender::{PageSender, RoundStats};
 pub use session::{Received, Session};
@@ -108,9 +108,9 @@ pub struct Options {
     pub redial: bool,
     /// Connections that may be in their handshake at once; more are refused.
     pub max_handshakes: usize,
-    /// Largest UDP payload that path MTU discovery tries. The default fits Ethernet; 8952 fits jumbo frames, but where
-    /// socket buffers overflow, quinn takes the lost bursts of large packets for a path that swallows them, and goes down
-    /// to 1200 for a minute (seen on loopback).
+    /// Largest UDP payload that path MTU discovery tries; on paths with less a few probes are lost. quinn hands up to ten
+    /// packets to the kernel in one call, which refuses more than 64 KiB: above the default all of them would be lost,
+    /// and quinn would fall back to 1200 bytes.
     pub max_udp_payload: u16,
 }
 
@@ -128,7 +128,7 @@ impl Default for Options {
             resume_timeout: Duration::from_secs(30),
             redial: true,
             max_handshakes: 64,
-            max_udp_payload: 1452,
+            max_udp_payload: 6500,
         }
     }
 }
