@@ -93,6 +93,8 @@ pub fn run(
     let result = serve(session, faults, options, registry, observer);
     if let Err(error) = &result {
         let _ = session.send_message_blocking(wire::encode(Body::Failed(Failed { reason: error.chain() })));
+        // The source gives up when it has heard it; to go before that would tell it nothing but that we are gone.
+        while let Ok(Some(_)) = session.recv_message_blocking() {}
     }
     result
 }
