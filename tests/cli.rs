@@ -300,7 +300,8 @@ fn options_that_are_not_built_are_refused_with_the_reason_before_anything_happen
     }
     let victim = Victim::start();
     let cases: &[(&[&str], &str)] = &[
-        (&["--lazy-pages"], "--lazy-pages is not built yet"),
+        (&["--lazy-pages", "--page-server"], "use one of them"),
+        (&["--lazy-pages", "--leave-running"], "cannot be used with"),
         (&["--stream"], "--stream is not built yet"),
         (&["--external", "mnt[]"], "--external is not built yet"),
         (&["--freeze-cgroup", "/x"], "--freeze-cgroup is not built yet"),

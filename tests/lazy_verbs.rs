@@ -346,6 +346,8 @@ fn fork_and_changes_of_the_address_space_while_memory_follows_keep_every_page_ri
     victim.restore();
     victim.is_right(1, "fork_and_change");
     daemon.ends_well("the daemon ends when all is there");
+    let log = victim.log("daemon.log");
+    assert!(log.contains("keeps its own userfaultfd"), "{log}");
     victim.is_clean();
 }
 

@@ -7,6 +7,7 @@
 //!
 //! A source that fails never holds a thread: the fault is put aside until its next try.
 
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
@@ -86,6 +87,9 @@ pub(crate) fn drain(shared: &Arc<Shared>, task: &Arc<Task>) -> bool {
     let (children, any) = task.read_events();
     for child in children {
         add(&shared.stats.forks, 1);
+        if let Some(hook) = &shared.config.on_fork {
+            hook(task.pid, child.uffd.as_fd());
+        }
         if let Err(error) = shared.start_task(task.pid, child.uffd, child.map) {
             // The descriptor was kept open by start_task, so the child waits for its pages instead of reading zeros.
             tracing::error!(pid = task.pid, %error, "cannot serve a forked child");

@@ -28,6 +28,6 @@ mod stats;
 mod task;
 
 pub use regions::{LazyRange, RangeFlags, RegionMap};
-pub use server::{FailureHook, LazyConfig, LazyError, LazyServer, Progress, SourceFailure, Unfinished};
+pub use server::{FailureHook, ForkHook, LazyConfig, LazyError, LazyServer, Progress, SourceFailure, Unfinished};
 pub use stats::{Histogram, StatsSnapshot};
 pub use task::{TaskFailure, TaskStatus};

@@ -1,7 +1,7 @@
 //! The server: its tasks, its threads, and what others see of them.
 
 use std::io;
-use std::os::fd::{IntoRawFd, OwnedFd};
+use std::os::fd::{BorrowedFd, IntoRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -30,6 +30,9 @@ pub struct SourceFailure<'a> {
 /// Decides after a failed read how long to wait before the next try. It may also reconnect, or tell somebody.
 pub type FailureHook = Arc<dyn Fn(&SourceFailure<'_>) -> Duration + Send + Sync>;
 
+/// Told of a forked child before its pages are served: the task it descends from, and the child's own userfaultfd.
+pub type ForkHook = Arc<dyn Fn(u32, BorrowedFd<'_>) + Send + Sync>;
+
 /// The default hook: 10 ms, doubled with each failure up to one second.
 pub fn backoff(failure: &SourceFailure<'_>) -> Duration {
     Duration::from_millis((10 << failure.attempt.min(10)).min(1000))
@@ -48,6 +51,8 @@ pub struct LazyConfig {
     pub around_pages: u64,
     /// Called after each failed read.
     pub on_source_failure: FailureHook,
+    /// Called for each forked child, by the thread that answers faults: it should be quick.
+    pub on_fork: Option<ForkHook>,
 }
 
 impl Default for LazyConfig {
@@ -58,6 +63,7 @@ impl Default for LazyConfig {
             unit_pages: 32,
             around_pages: 16,
             on_source_failure: Arc::new(backoff),
+            on_fork: None,
         }
     }
 }

@@ -99,9 +99,9 @@ pub struct MemoryOptions {
 /// How memory is read by a pre-dump.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum PreDumpMode {
-    /// The tree is frozen while its memory is read.
+    /// The tree is frozen until it is known which pages there are.
     Splice,
-    /// Memory is read while the tree runs.
+    /// The same here.
     Read,
 }
 

@@ -101,7 +101,7 @@ impl Run for LazyPages {
                 (over(Arc::new(Urgent(client.clone()))), over(Arc::new(client)))
             }
         };
-        let serving = Serving::start(tasks, urgent, bulk)?;
+        let mut serving = Serving::start(tasks, urgent, bulk)?;
         let progress = loop {
             match serving.wait(Duration::from_millis(200)) {
                 Ok(Some(progress)) => break progress,

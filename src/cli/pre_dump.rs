@@ -57,12 +57,9 @@ impl Run for PreDump {
     }
 
     fn run(self, context: &Context) -> Result<ExitCode> {
-        let reading = self.pre_dump_mode == PreDumpMode::Read;
-        self.unbuilt.and(&[(
-            reading,
-            "pre-dump-mode read",
-            "is not built yet: the tree is frozen while it is read",
-        )])?;
+        self.unbuilt.refuse()?;
+        // Both are one here: the tree is frozen only until it is known which pages there are.
+        tracing::debug!("Pre-dump mode {:?}", self.pre_dump_mode);
         self.memory.check()?;
         close_descriptors(&self.common)?;
         let workspace = self.common.workspace();
@@ -82,14 +79,13 @@ impl Run for PreDump {
         };
         let prepared = Prepared::look(self.tree)?;
         let started = Instant::now();
-        let mut frozen = within(Duration::from_secs(self.timeout), &cancel, || {
+        let frozen = within(Duration::from_secs(self.timeout), &cancel, || {
             dump::freeze(self.tree, prepared, &options)
         })?;
         for task in &frozen.collected.memory {
             target.begin(task.object)?;
         }
-        let mut amount = frozen.memory(target.sink())?;
-        let times = frozen.end(dump::Afterwards::Resume)?;
+        let (mut amount, times) = frozen.memory_running(target.sink())?;
         target.finish(&mut amount)?;
         cancel.disarm();
         staging.commit()?;

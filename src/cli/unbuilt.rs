@@ -22,7 +22,7 @@ const ROWS: &[Row] = &[
         "lazy-pages",
         None,
         false,
-        "is of no use here: see `whimbrel help lazy-pages`",
+        "is not for this verb: dump, restore and lazy-pages have it",
     ),
     ("stream", None, false, NOT_BUILT),
     ("libdir", Some('L'), true, "is not built yet: there are no plugins"),

@@ -2,9 +2,10 @@
 
 use std::sync::Mutex;
 
-use whimbrel_images::page::{PAGE_SIZE, PageRun, PageSink};
+use whimbrel_images::page::{MemoryObject, PAGE_SIZE, PageRun, PageSink};
 
 use super::collect::TaskMemory;
+use super::runs::RunSet;
 use crate::error::{Context, Error, Result};
 use crate::resource::mem::pages::{self, Pages};
 
@@ -114,4 +115,52 @@ pub fn write(memory: &TaskMemory, pages: &Pages, selection: &Selection, sink: &m
         pages_in_parent: parent,
         pages_lazy: 0,
     })
+}
+
+/// Writes pages of a process that may be running. What was unmapped meanwhile is left out.
+///
+/// # Errors
+/// When the sink does not take them, or `go_on` says so.
+pub fn write_running(
+    pid: i32,
+    object: MemoryObject,
+    set: &RunSet,
+    sink: &mut dyn PageSink,
+    go_on: &dyn Fn() -> Result<()>,
+) -> Result<()> {
+    let reader = Pages::open(pid)?;
+    let mut buffer = vec![0u8; BATCH];
+    for batch in pages::batches(&set.runs(), BATCH) {
+        go_on()?;
+        let bytes: u64 = batch.iter().map(PageRun::bytes).sum();
+        if reader.read(&batch, &mut buffer[..bytes as usize]).is_err() {
+            // Part of it was unmapped meanwhile: page by page, what is gone is left out. The next look finds it gone.
+            send_single_pages(&reader, object, &batch, sink)?;
+            continue;
+        }
+        let mut at = 0;
+        for run in batch {
+            let end = at + run.bytes() as usize;
+            sink.write_pages(object, run, &buffer[at..end])
+                .context("store memory")?;
+            at = end;
+        }
+    }
+    Ok(())
+}
+
+fn send_single_pages(reader: &Pages, object: MemoryObject, batch: &[PageRun], sink: &mut dyn PageSink) -> Result<()> {
+    let mut page = [0u8; PAGE_SIZE];
+    for run in batch {
+        for index in 0..run.pages {
+            let one = PageRun {
+                start: run.start + index * PAGE_SIZE as u64,
+                pages: 1,
+            };
+            if reader.read(&[one], &mut page).is_ok() {
+                sink.write_pages(object, one, &page).context("store memory")?;
+            }
+        }
+    }
+    Ok(())
 }

@@ -183,6 +183,39 @@ impl FrozenTree {
         Ok(amount)
     }
 
+    /// Lets the tree go on, and gives all of its memory to `sink` as it is then: for a dump that another follows. The
+    /// tree is held no longer than it takes to learn which pages there are.
+    ///
+    /// # Errors
+    /// As [`FrozenTree::memory`]; the tree goes on in any case.
+    pub fn memory_running(self, sink: &mut dyn PageSink) -> Result<(memory::Amount, Times)> {
+        let selections = self.collected.memory.iter().map(memory::select_all);
+        let selections = selections.collect::<Result<Vec<_>>>()?;
+        let FrozenTree {
+            tree,
+            collected,
+            mut times,
+            since,
+        } = self;
+        tree.resume()?;
+        times.frozen = since.elapsed();
+        let started = Instant::now();
+        let mut amount = memory::Amount::default();
+        for (task, (_, selection)) in collected.memory.iter().zip(selections) {
+            let set = runs::RunSet::from_runs(&selection.store);
+            if !std::path::Path::new(&format!("/proc/{}", task.pid)).exists() {
+                // It has ended since; the dump that follows will see that.
+                continue;
+            }
+            memory::write_running(task.pid, task.object, &set, sink, &|| Ok(()))?;
+            amount.pages_scanned += set.pages();
+            amount.pages_written += set.pages();
+        }
+        collected.segments.dump(sink)?;
+        times.memory = started.elapsed();
+        Ok((amount, times))
+    }
+
     /// Writes the images of the tasks, and the inventory last. `run_id` names this dump, where somebody needs that.
     ///
     /// # Errors

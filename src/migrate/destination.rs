@@ -544,7 +544,7 @@ fn follow(
         let _inside = runtime.enter();
         FaultClient::new(link).context("ask for pages")?
     };
-    let serving = Serving::start(lazy, Arc::new(Urgent(client.clone())), Arc::new(client.clone()))?;
+    let mut serving = Serving::start(lazy, Arc::new(Urgent(client.clone())), Arc::new(client.clone()))?;
     loop {
         match serving.wait(Duration::from_millis(200)) {
             Ok(Some(progress)) => {

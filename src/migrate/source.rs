@@ -6,7 +6,7 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use whimbrel_images::page::{MemoryObject, PAGE_SIZE, PageRun, PageSink, PageSource};
+use whimbrel_images::page::{MemoryObject, PAGE_SIZE, PageSink, PageSource};
 use whimbrel_images::store::{ImageStore, MemStore};
 use whimbrel_page_server::proto::{Role, SessionId};
 use whimbrel_page_server::transport::{Endpoint, FaultServer, PageSender, Runtime, Session, SessionRequest};
@@ -18,6 +18,7 @@ use super::wire::{self, Begin, Body, Final, LazyPages, NeededFile, TaskShape};
 use super::{Mode, Phase};
 use crate::dump::collect::{Collected, Prepared, TaskMemory};
 use crate::dump::lazy::{FrozenPages, StoppedTree};
+use crate::dump::memory::write_running as send_pages;
 use crate::dump::runs::RunSet;
 use crate::dump::track::{self, Tracker};
 use crate::dump::{self, FrozenTree};
@@ -27,12 +28,10 @@ use crate::kernel::nft::NetworkLock;
 use crate::kernel::sys;
 use crate::procfs::{self, maps::Mapping};
 use crate::remote::inject::GadgetCache;
-use crate::resource::mem::{mapping, pages, pages::Pages};
+use crate::resource::mem::{mapping, pages::Pages};
 use crate::restore;
 use crate::tree::TreeImage;
 
-/// Bytes of memory that are read at once.
-const BATCH: usize = 1 << 20;
 /// How often a running tree is looked at before what seems impossible to carry is taken to be so.
 const LOOKS: u32 = 5;
 /// How often a destination that did not answer is asked what became of the tree.
@@ -654,49 +653,6 @@ fn send_round(task: &mut LookedTask, sender: &PageSender, go_on: &dyn Fn() -> Re
     send_pages(task.pid, object, &dirty, &mut sink, go_on)?;
     task.sent = task.sent.subtract(&gone).union(&dirty);
     task.owed = RunSet::default();
-    Ok(())
-}
-
-fn send_pages(
-    pid: i32,
-    object: MemoryObject,
-    set: &RunSet,
-    sink: &mut dyn PageSink,
-    go_on: &dyn Fn() -> Result<()>,
-) -> Result<()> {
-    let reader = Pages::open(pid)?;
-    let mut buffer = vec![0u8; BATCH];
-    for batch in pages::batches(&set.runs(), BATCH) {
-        go_on()?;
-        let bytes: u64 = batch.iter().map(PageRun::bytes).sum();
-        if reader.read(&batch, &mut buffer[..bytes as usize]).is_err() {
-            // Part of it was unmapped meanwhile: page by page, what is gone is left out. The next look finds it gone.
-            send_single_pages(&reader, object, &batch, sink)?;
-            continue;
-        }
-        let mut at = 0;
-        for run in batch {
-            let end = at + run.bytes() as usize;
-            sink.write_pages(object, run, &buffer[at..end]).context("send pages")?;
-            at = end;
-        }
-    }
-    Ok(())
-}
-
-fn send_single_pages(reader: &Pages, object: MemoryObject, batch: &[PageRun], sink: &mut dyn PageSink) -> Result<()> {
-    let mut page = [0u8; PAGE_SIZE];
-    for run in batch {
-        for index in 0..run.pages {
-            let one = PageRun {
-                start: run.start + index * PAGE_SIZE as u64,
-                pages: 1,
-            };
-            if reader.read(&[one], &mut page).is_ok() {
-                sink.write_pages(object, one, &page).context("send pages")?;
-            }
-        }
-    }
     Ok(())
 }
 

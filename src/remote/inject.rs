@@ -7,7 +7,7 @@
 //! stub closes them on its way home.
 
 use std::collections::HashMap;
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 
 use super::memory::{RemoteAddr, RemoteMemory};
 use super::program::{Arg, Buffer, Expect, Outcome, Program};
@@ -272,6 +272,12 @@ impl StubProcess {
     }
 
     fn run_any(&mut self, visitor: &mut Visitor, program: &Program) -> Result<Outcome> {
+        let base = self.command(visitor, program)?;
+        self.outcome(visitor, program, base)
+    }
+
+    /// Starts a program; returns where it lies.
+    fn command(&mut self, visitor: &mut Visitor, program: &Program) -> Result<RemoteAddr> {
         let base = self.arena + layout::PROGRAM;
         if program.size() as u64 > ARENA_SIZE - layout::PROGRAM {
             return Err(Error::new("run a program")
@@ -291,6 +297,11 @@ impl StubProcess {
             }
             State::Lost => return Err(visitor.lost()),
         };
+        Ok(base)
+    }
+
+    /// Waits for the end of a program that was started.
+    fn outcome(&mut self, visitor: &mut Visitor, program: &Program, base: RemoteAddr) -> Result<Outcome> {
         let position = self.await_report(visitor)?;
         let bytes = self.memory.read_vec(base, program.size())?;
         let stopped_at = position.saturating_sub(base.0) as usize / size_of::<crate::stub::Call>();
@@ -515,6 +526,29 @@ impl StubProcess {
             .with(|| Error::new("command the stub").task(self.pid))
     }
 
+    /// Sends a descriptor to a program that waits for it.
+    fn send_descriptor(&self, file: BorrowedFd<'_>) -> Result<()> {
+        use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
+        let Some(Channel(socket)) = &self.channel else {
+            return Err(Error::new("hand over a descriptor")
+                .task(self.pid)
+                .because("no channel"));
+        };
+        let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        let files = [file];
+        control.push(SendAncillaryMessage::ScmRights(&files));
+        rustix::net::sendmsg(
+            socket,
+            &[std::io::IoSlice::new(b"d")],
+            &mut control,
+            SendFlags::NOSIGNAL,
+        )
+        .map(drop)
+        .map_err(std::io::Error::from)
+        .with(|| Error::new("hand over a descriptor").task(self.pid))
+    }
+
     fn await_report(&self, visitor: &mut Visitor) -> Result<u64> {
         let Some(Channel(socket)) = &self.channel else {
             return Err(Error::new("await the stub").task(self.pid).because("no channel"));
@@ -565,27 +599,65 @@ fn note(program: &mut Program, to: Buffer, from: Buffer) {
 /// # Errors
 /// When the process cannot be traced or entered, or has no such descriptor.
 pub fn close_descriptor(pid: i32, descriptor: i32, still: &dyn Fn() -> bool) -> Result<()> {
-    let failed = |error: Error| error.task(pid).object(format!("fd {descriptor}"));
-    let died = || {
-        Error::new("close a descriptor")
-            .task(pid)
-            .because("the task died meanwhile")
-    };
-    let maps = maps::parse(&crate::procfs::read(pid, "maps")?)?;
-    let gadgets = Gadgets::find(pid, &maps, &mut GadgetCache::default())?;
+    visit_once(pid, still, |stub, visitor| {
+        let mut program = Program::new();
+        program.call("close a descriptor", libc::SYS_close, &[descriptor.into()]);
+        stub.run(visitor, &program).map(drop)
+    })
+}
+
+/// Puts `file` at a number of a process, close-on-exec, in the place of what is there; as [`close_descriptor`].
+///
+/// # Errors
+/// As [`close_descriptor`].
+pub fn place_descriptor(pid: i32, descriptor: i32, file: BorrowedFd<'_>, still: &dyn Fn() -> bool) -> Result<()> {
+    visit_once(pid, still, |stub, visitor| {
+        let mut program = Program::new();
+        // struct msghdr with one byte to receive and room for a control message with one descriptor.
+        let (byte, room) = (program.reserve(8), program.reserve(24));
+        let vector = program.data(&[0u64.to_le_bytes(), 1u64.to_le_bytes()].concat());
+        program.store_address(vector, 0, byte);
+        let header = [0u64, 0, 0, 1, 0, 24, 0].map(u64::to_le_bytes).concat();
+        let header = program.data(&header);
+        program.store_address(header, 16, vector);
+        program.store_address(header, 32, room);
+        let args = [
+            stub.remote_descriptor.into(),
+            header.into(),
+            libc::MSG_CMSG_CLOEXEC.into(),
+        ];
+        program.call_expecting("receive a descriptor", Expect::Exactly(1), libc::SYS_recvmsg, &args);
+        let received = Arg::Int(room, 16);
+        let to = [received, descriptor.into(), libc::O_CLOEXEC.into()];
+        program.call("place a descriptor", libc::SYS_dup3, &to);
+        program.call("close a descriptor", libc::SYS_close, &[received]);
+        let base = stub.command(visitor, &program)?;
+        // Only behind the command: the stub takes what comes first for one.
+        stub.send_descriptor(file)?;
+        let outcome = stub.outcome(visitor, &program, base)?;
+        check(&program, &outcome)
+    })
+}
+
+/// Stops a process, puts the stub in for some `work`, takes it out, and lets the process go on.
+fn visit_once(
+    pid: i32,
+    still: &dyn Fn() -> bool,
+    work: impl FnOnce(&mut StubProcess, &mut Visitor) -> Result<()>,
+) -> Result<()> {
+    let died = || Error::new("enter a task").task(pid).because("the task died meanwhile");
+    let read_maps = || maps::parse(&crate::procfs::read(pid, "maps")?);
+    let gadgets = Gadgets::find(pid, &read_maps()?, &mut GadgetCache::default())?;
     let (leader, group_stop) = super::tracee::seize(pid, false)?.stop()?.map_err(|_| died())?;
-    // Between the look and the stop mappings may have come.
-    let maps = maps::parse(&crate::procfs::read(pid, "maps")?)?;
-    if !still() {
-        return leader.detach(group_stop.unwrap_or(0));
-    }
-    let (mut stub, mut visitor) = StubProcess::inject(leader, &maps, gadgets)?;
-    let mut program = Program::new();
-    program.call("close a descriptor", libc::SYS_close, &[descriptor.into()]);
-    let result = stub.run(&mut visitor, &program).map(drop).map_err(failed);
-    let leader = stub.remove(visitor)?;
     // A task that was stopped by a signal stays so: detaching with it keeps the group stop.
-    leader.detach(group_stop.unwrap_or(0))?;
+    let signal = group_stop.unwrap_or(0);
+    if !still() {
+        return leader.detach(signal);
+    }
+    // Between the look and the stop mappings may have come.
+    let (mut stub, mut visitor) = StubProcess::inject(leader, &read_maps()?, gadgets)?;
+    let result = work(&mut stub, &mut visitor).map_err(|error| error.task(pid));
+    stub.remove(visitor)?.detach(signal)?;
     result
 }
 

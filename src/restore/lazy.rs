@@ -10,15 +10,16 @@
 
 use std::collections::HashMap;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::sync::Arc;
-use std::time::Duration;
+use std::sync::mpsc::{Receiver, channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use whimbrel_images::chain::{Location, PageStore};
 use whimbrel_images::page::{MemoryObject, PAGE_SIZE, PageRun, PageSource, PageState};
 use whimbrel_images::proto::VmaEntry;
 use whimbrel_lazy::ioctl::{Features, RegisterMode, Userfault};
 use whimbrel_lazy::regions::PageStatus;
-use whimbrel_lazy::{LazyConfig, LazyError, LazyRange, LazyServer, Progress, RangeFlags, RegionMap};
+use whimbrel_lazy::{ForkHook, LazyConfig, LazyError, LazyRange, LazyServer, Progress, RangeFlags, RegionMap};
 use whimbrel_page_server::transport::FaultClient;
 
 use super::Build;
@@ -288,15 +289,25 @@ impl PageSource for Layered {
 
 /// A descriptor that a task keeps of its own userfaultfd.
 struct Guard {
+    /// What images call the task, or the one it descends from.
+    pid: u32,
     number: i32,
     uffd: OwnedFd,
+    /// The process that it is for. Others have inherited it.
+    owner: i32,
 }
 
 /// Tasks whose memory is being completed.
 pub struct Serving {
     server: LazyServer,
     guards: Vec<Guard>,
+    /// Children that were forked, by the task that they descend from.
+    forked: Receiver<(u32, OwnedFd)>,
+    without_guard: Vec<i32>,
 }
+
+/// How often forked children are looked for.
+const LOOK: Duration = Duration::from_millis(5);
 
 impl Serving {
     /// Serves tasks, with pages for faults from `urgent` and the rest from `bulk`.
@@ -304,7 +315,19 @@ impl Serving {
     /// # Errors
     /// When a thread cannot be started; the tasks wait then.
     pub fn start(tasks: Vec<LazyTask>, urgent: Arc<dyn PageSource>, bulk: Arc<dyn PageSource>) -> Result<Serving> {
-        let server = LazyServer::new(LazyConfig::default(), urgent, bulk).context("serve page faults")?;
+        let (tell, forked) = channel();
+        let tell = Mutex::new(tell);
+        let on_fork: ForkHook = Arc::new(move |pid, uffd| {
+            let tell = tell.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Ok(uffd) = uffd.try_clone_to_owned() {
+                let _ = tell.send((pid, uffd));
+            }
+        });
+        let config = LazyConfig {
+            on_fork: Some(on_fork),
+            ..LazyConfig::default()
+        };
+        let server = LazyServer::new(config, urgent, bulk).context("serve page faults")?;
         let mut guards = Vec::new();
         for task in tasks {
             let map = task.map()?;
@@ -314,30 +337,74 @@ impl Serving {
                 .try_clone_to_owned()
                 .context("duplicate a descriptor")?;
             guards.push(Guard {
+                pid: task.pid,
                 number: task.guard,
                 uffd,
+                owner: task.tid,
             });
             server
                 .add_map(task.uffd.into(), task.pid, map)
                 .context("serve page faults")?;
         }
-        Ok(Serving { server, guards })
+        Ok(Serving {
+            server,
+            guards,
+            forked,
+            without_guard: Vec::new(),
+        })
     }
 
-    /// Waits a while; tells how far it is when all memory is there.
+    /// Waits a while; tells how far it is when all memory is there. To be called on a thread that may trace.
     ///
     /// # Errors
     /// When nothing more can be done and there are tasks that wait for pages that nobody knows.
-    pub fn wait(&self, limit: Duration) -> Result<Option<Progress>> {
-        match self.server.wait_complete(Some(limit)) {
-            Ok(progress) => Ok(Some(progress)),
-            Err(LazyError::Incomplete { .. }) => Ok(None),
-            // One task cannot be completed. The others are.
-            Err(_) if self.server.progress().active > self.server.failures().len() => {
-                std::thread::sleep(limit);
-                Ok(None)
+    pub fn wait(&mut self, limit: Duration) -> Result<Option<Progress>> {
+        let until = Instant::now() + limit;
+        loop {
+            self.guard_children();
+            match self.server.wait_complete(Some(LOOK)) {
+                Ok(progress) => return Ok(Some(progress)),
+                Err(LazyError::Incomplete { .. }) => {}
+                // One task cannot be completed. The others are.
+                Err(_) if self.server.progress().active > self.server.failures().len() => std::thread::sleep(LOOK),
+                Err(error) => return Err(error).context("complete the memory"),
             }
-            Err(error) => Err(error).context("complete the memory"),
+            if Instant::now() >= until {
+                return Ok(None);
+            }
+        }
+    }
+
+    /// Gives forked children guards of their own, in the place of those of their parents that they have inherited.
+    fn guard_children(&mut self) {
+        while let Ok((pid, uffd)) = self.forked.try_recv() {
+            // Reported in the order in which they were forked, as their pids are.
+            let inherited = self.guards.iter().filter(|guard| guard.pid == pid).find_map(|guard| {
+                let new = |holder: &i32| *holder != guard.owner && !self.without_guard.contains(holder);
+                let child = guard.holders().into_iter().find(new)?;
+                Some((guard, child))
+            });
+            let Some((guard, child)) = inherited else {
+                // It has ended, or executed something else: nothing is missing then.
+                continue;
+            };
+            let number = guard.number;
+            let placed = inject::place_descriptor(child, number, uffd.as_fd(), &|| guard.is_in(child));
+            match placed {
+                Ok(()) => {
+                    tracing::debug!("the forked child {child} keeps its own userfaultfd");
+                    self.guards.push(Guard {
+                        pid,
+                        number,
+                        uffd,
+                        owner: child,
+                    });
+                }
+                Err(error) => {
+                    tracing::debug!("the forked child {child} has no guard: {}", error.chain());
+                    self.without_guard.push(child);
+                }
+            }
         }
     }
 
@@ -353,7 +420,7 @@ impl Serving {
 
     /// Takes the guards out of the tasks. To be called on a thread that may trace, when all memory is there.
     pub fn finish(self) {
-        let Serving { server, guards } = self;
+        let Serving { server, guards, .. } = self;
         drop(server);
         for guard in &guards {
             guard.remove();
@@ -364,13 +431,20 @@ impl Serving {
 impl Guard {
     /// Closes it wherever it is: children that were forked meanwhile have inherited it.
     fn remove(&self) {
-        let processes = std::fs::read_dir("/proc").into_iter().flatten().flatten();
-        let pids = processes.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
-        for pid in pids.filter(|&pid| self.is_in(pid)) {
+        for pid in self.holders() {
             if let Err(error) = inject::close_descriptor(pid, self.number, &|| self.is_in(pid)) {
                 tracing::warn!("descriptor {} stays open: {}", self.number, error.chain());
             }
         }
+    }
+
+    /// Processes that have it, ascending.
+    fn holders(&self) -> Vec<i32> {
+        let processes = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+        let pids = processes.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
+        let mut holders: Vec<i32> = pids.filter(|&pid| self.is_in(pid)).collect();
+        holders.sort_unstable();
+        holders
     }
 
     fn is_in(&self, pid: i32) -> bool {
