@@ -611,7 +611,6 @@ fn vdso_contents(task: &TaskImage, pages: &PageStore) -> Result<Option<Vec<u8>>>
     Ok(states.contains(&PageState::Data).then_some(code))
 }
 
-
 /// Writes the contents of all memory, in as many threads as there are processors.
 fn fill(
     sink: &MemorySink,
