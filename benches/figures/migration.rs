@@ -50,7 +50,8 @@ fn migrate(setup: &Setup, mib: u64, mode: &str) -> Result<Moved> {
         .output
         .lines()
         .filter_map(|line| serde_json::from_str::<Value>(line).ok());
-    let report = events.rfind(|event| event["event"] == "done")
+    let report = events
+        .rfind(|event| event["event"] == "done")
         .ok_or("the migration has no report")?;
     Ok(Moved {
         // It notes the pause when it runs there: no note, no life.

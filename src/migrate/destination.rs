@@ -7,7 +7,7 @@ use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant};
 
 use whimbrel_images::page::{MemoryObject, PAGE_SIZE, PageRun, PageSink};
-use whimbrel_images::proto::VmaEntry;
+use whimbrel_images::proto::{PstreeEntry, VmaEntry};
 use whimbrel_images::store::MemStore;
 use whimbrel_page_server::transport::{FaultClient, FaultLink, Session};
 
@@ -96,6 +96,8 @@ pub fn run(
     let result = serve(session, faults, options, registry, observer);
     if let Err(error) = &result {
         let _ = session.send_message_blocking(wire::encode(Body::Failed(Failed { reason: error.chain() })));
+        // The source gives up when it has heard it; to go before that would tell it nothing but that we are gone.
+        while let Ok(Some(_)) = session.recv_message_blocking() {}
     }
     result
 }
@@ -178,6 +180,7 @@ fn serve(
     let lock = lock_connections(&image)?;
     // The address must be here before sockets can be bound to it; it is announced when the tree runs.
     let address = moved.as_ref().map(address::Added::add).transpose()?;
+    let build = restage(build, &sink, &begin, &image, &restore_options)?;
     let mut put = put_together(build, &sink, &image, &store, &restore_options, &last)?;
     put.ready.arm()?;
     send(
@@ -347,8 +350,7 @@ fn stage(begin: &Begin, options: restore::Options) -> Result<(Build, StandbySink
             .iter()
             .filter_map(|&index| task.vmas.get(index as usize))
             .collect();
-        let anonymous = |vma: &&&VmaEntry| vma.status & status::ANON_PRIVATE != 0 && !mapping::is_kernel_made(vma);
-        let staged: Vec<&VmaEntry> = staged.iter().filter(anonymous).copied().collect();
+        let staged: Vec<&VmaEntry> = staged.into_iter().filter(|vma| is_anonymous(vma)).collect();
         // This kernel's vdso may be in the way: it goes where it belongs first.
         build.clear_the_way(pid, &task.vmas)?;
         let plans: Vec<Plan<'_>> = staged
@@ -363,6 +365,47 @@ fn stage(begin: &Begin, options: restore::Options) -> Result<(Build, StandbySink
         standby.add(pid, build.tid_of(pid)?, set)?;
     }
     Ok((build, StandbySink::new(standby)))
+}
+
+/// A tree that is another than in the beginning is made anew, for a task cannot become another's child. Its memory is kept.
+fn restage(
+    build: Build,
+    sink: &StandbySink,
+    begin: &Begin,
+    image: &TreeImage,
+    options: &restore::Options,
+) -> Result<Build> {
+    let skeleton = Skeleton::of(image);
+    let ids = |entry: &PstreeEntry, zombie: bool| (entry.pid, entry.ppid, entry.pgid, entry.sid, zombie);
+    let staged: HashSet<_> = begin
+        .tasks
+        .iter()
+        .filter_map(|task| task.entry.as_ref().map(|entry| ids(entry, task.zombie)))
+        .collect();
+    let wanted: HashSet<_> = skeleton
+        .tasks
+        .iter()
+        .map(|(entry, zombie)| ids(entry, *zombie))
+        .collect();
+    if staged == wanted {
+        return Ok(build);
+    }
+    tracing::debug!("the tree has changed since the preflight: its tasks are made anew");
+    let living = image.tasks.iter().filter(|task| !task.is_zombie());
+    let stays = living.map(|task| (task.entry.pid, anonymous_ranges(task))).collect();
+    sink.lock().unstage(&stays)?;
+    drop(build);
+    Build::tasks(&skeleton, options.clone())
+}
+
+/// Private memory that no file is behind: the kind that is staged.
+fn is_anonymous(vma: &VmaEntry) -> bool {
+    vma.status & status::ANON_PRIVATE != 0 && !mapping::is_kernel_made(vma)
+}
+
+fn anonymous_ranges(task: &TaskImage) -> RunSet {
+    let all = task.mm.vmas.iter().filter(|vma| is_anonymous(vma));
+    RunSet::from_ranges(all.map(|vma| (vma.start, vma.end)).collect())
 }
 
 struct PutTogether<'a> {
@@ -466,15 +509,7 @@ fn align_staged(build: &mut Build, sink: &StandbySink, task: &TaskImage) -> Resu
         Some(task) => std::mem::take(&mut task.staged),
         None => return Ok(HashSet::new()),
     };
-    let anonymous = |vma: &&VmaEntry| vma.status & status::ANON_PRIVATE != 0 && !mapping::is_kernel_made(vma);
-    let stays = RunSet::from_ranges(
-        task.mm
-            .vmas
-            .iter()
-            .filter(anonymous)
-            .map(|vma| (vma.start, vma.end))
-            .collect(),
-    );
+    let stays = anonymous_ranges(task);
     let mut program = Program::new();
     for &(start, end) in staged.subtract(&stays).ranges() {
         program.call(
@@ -484,7 +519,7 @@ fn align_staged(build: &mut Build, sink: &StandbySink, task: &TaskImage) -> Resu
         );
     }
     let (mut covered, mut pieces) = (HashSet::new(), Vec::new());
-    for vma in task.mm.vmas.iter().filter(anonymous) {
+    for vma in task.mm.vmas.iter().filter(|vma| is_anonymous(vma)) {
         let range = RunSet::from_ranges(vec![(vma.start, vma.end)]);
         let there = staged.intersect(&range);
         if there.is_empty() {

@@ -13,8 +13,10 @@ use whimbrel_images::page::{MemoryObject, PAGE_SIZE, PageRun, PageSink};
 use crate::dump::runs::RunSet;
 use crate::error::{Context, Error, Result};
 use crate::remote::{RemoteAddr, RemoteMemory};
-use crate::resource::mem::pages::Pages;
+use crate::resource::mem::pages::{Pages, batches};
 
+/// Bytes that are read at once.
+const BATCH: usize = 1 << 20;
 const PAGE: u64 = PAGE_SIZE as u64;
 
 /// Memory of one task that is mapped at its final address.
@@ -66,6 +68,30 @@ impl Standby {
             staged,
         };
         self.tasks.insert(pid, task);
+        Ok(())
+    }
+
+    /// Takes the pages of all tasks out of their memory; those in the ranges of `stays` wait from now on.
+    ///
+    /// # Errors
+    /// When they cannot be read.
+    pub fn unstage(&mut self, stays: &HashMap<u32, RunSet>) -> Result<()> {
+        for (pid, task) in std::mem::take(&mut self.tasks) {
+            let Some(stays) = stays.get(&pid) else { continue };
+            let mut runs = Vec::new();
+            for &(start, end) in task.staged.intersect(stays).ranges() {
+                task.pages.own(start, end, &mut runs)?;
+            }
+            let mut buffer = vec![0; BATCH];
+            for batch in batches(&runs, BATCH) {
+                let bytes = batch.iter().map(PageRun::bytes).sum::<u64>() as usize;
+                task.pages.read(&batch, &mut buffer[..bytes])?;
+                let addresses = batch.iter().flat_map(|run| (run.start..run.end()).step_by(PAGE_SIZE));
+                for (address, page) in addresses.zip(buffer[..bytes].chunks_exact(PAGE_SIZE)) {
+                    self.waiting.insert((MemoryObject::Task(pid), address), page.into());
+                }
+            }
+        }
         Ok(())
     }
 

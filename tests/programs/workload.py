@@ -95,10 +95,12 @@ assert libc.timer_settime(posix_timer, 0, (ctypes.c_long * 4)(0, 7000000, 0, 700
 
 # Sockets and a pipe with something in it.
 listener = socket.socket(socket.AF_UNIX)
-listener.bind('socket')
+# Each host has a /run of its own.
+name = '/run/workload-%d' % os.getpid()
+listener.bind(name)
 listener.listen(5)
 dialled = socket.socket(socket.AF_UNIX)
-dialled.connect('socket')
+dialled.connect(name)
 accepted = listener.accept()[0]
 datagrams = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
 full_reader, full_writer = os.pipe()

@@ -107,8 +107,16 @@ impl TaskKind for Timers {
                     (libc::ITIMER_PROF, &timers.prof),
                 ];
                 for (which, timer) in all {
-                    if timer.vsec != 0 || timer.vusec != 0 {
-                        let words = [timer.isec, timer.iusec, timer.vsec, timer.vusec];
+                    // The kernel arms an expired ITIMER_REAL again only when its SIGALRM is delivered (dequeue_signal in
+                    // kernel/signal.c). One that is pending looks as if it were off, but for its interval.
+                    let expired = timer.vsec == 0 && timer.vusec == 0;
+                    let value = if expired {
+                        [timer.isec, timer.iusec]
+                    } else {
+                        [timer.vsec, timer.vusec]
+                    };
+                    if value != [0, 0] {
+                        let words = [timer.isec, timer.iusec, value[0], value[1]];
                         let value = program.data(&words.map(u64::to_le_bytes).concat());
                         let args = [which.into(), value.into(), 0.into()];
                         program.call("arm an interval timer", libc::SYS_setitimer, &args);
