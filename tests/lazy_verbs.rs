@@ -120,6 +120,17 @@ def grow():
     assert moved not in (None, 2**64 - 1), ctypes.get_errno()
     area = moved
     return check(area, 0, SIZE // PAGE) + (ctypes.string_at(area + SIZE, 8 << 20) != bytes(8 << 20))
+def churn():
+    # Something is always just being reported, also in the moment in which all memory is there.
+    part, end = area + 12288 * PAGE, time.time() + 3
+    while time.time() < end:
+        for _ in range(200):
+            libc.madvise(part, 64 * PAGE, 4)
+            ctypes.memset(part, 1, 1)
+        child = os.fork()
+        if child == 0: os._exit(0)
+        os.waitpid(child, 0)
+    return check(area, 0, 12288) + check(area, 12352, 16384)
 def fork_and_look():
     child = os.fork()
     if child == 0:
@@ -355,6 +366,23 @@ fn fork_and_changes_of_the_address_space_while_memory_follows_keep_every_page_ri
     victim.is_right(1, "fork_and_change");
     daemon.ends_well("the daemon ends when all is there");
     victim.is_clean();
+}
+
+#[test]
+fn a_program_that_changes_its_address_space_all_the_time_does_not_stall_when_all_is_there() {
+    if !is_root() {
+        return;
+    }
+    for _ in 0..3 {
+        let victim = Victim::start();
+        victim.dump(&[]);
+        victim.ask(1, "churn");
+        let mut daemon = victim.daemon();
+        victim.restore();
+        daemon.ends_well("the daemon ends when all is there");
+        victim.is_right(1, "churn");
+        victim.is_clean();
+    }
 }
 
 #[test]

@@ -15,13 +15,15 @@ use std::time::{Duration, Instant};
 
 use whimbrel_images::page::{PAGE_SIZE, PageState};
 
-use crate::ioctl::{Stop, wait_readable};
+use crate::ioctl::{Event, Stop, StopSignal, wait_readable};
 use crate::regions::{Claim, PageStatus};
 use crate::server::{Shared, SourceFailure};
 use crate::stats::add;
 use crate::task::{Fault, Placed, State, Task, TaskFailure, TaskStatus};
 
 const PAGE: u64 = PAGE_SIZE as u64;
+/// How often a thread that lingers looks whether the server stops.
+const LINGER: Duration = Duration::from_millis(20);
 /// How often a thread with nothing to do looks whether the task still exists.
 const LIVENESS: Duration = Duration::from_millis(500);
 
@@ -40,6 +42,45 @@ pub(crate) fn run(shared: &Arc<Shared>, task: &Arc<Task>) {
         shared.note_progress(task);
     }
     shared.note_progress(task);
+    linger(shared, task);
+}
+
+/// Takes note of what a complete task still reports: changes that were under way when its ranges were unregistered, and
+/// parts that grew and were never asked about. Nothing of it is unknown any more, so what is not there is zeros.
+fn linger(shared: &Shared, task: &Task) {
+    if !shared.config.linger || task.lock().status != TaskStatus::Complete {
+        return;
+    }
+    // One thread is enough. Whoever holds the token now does it, or comes here next.
+    let Ok(_token) = task.token.try_lock() else { return };
+    let Ok(never) = StopSignal::new() else { return };
+    let mut events = Vec::new();
+    while !shared.stopping() {
+        match wait_readable(&task.uffd, &never, Some(LINGER)) {
+            Ok((true, _)) => {}
+            Ok((false, _)) => continue,
+            Err(_) => return,
+        }
+        match task.uffd.read_events(&mut events) {
+            Ok(0) => Task::pause(),
+            Ok(_) => {}
+            Err(_) => return,
+        }
+        for event in events.drain(..) {
+            match event {
+                Event::Fault { address, .. } => {
+                    let page = address & !(PAGE - 1);
+                    if task.uffd.zeropage(page, PAGE, true).stop.is_some() {
+                        // There already, or an event is in the way: the thread shall look again.
+                        let _ = task.uffd.wake(page, PAGE);
+                    }
+                }
+                // The child of a complete task is complete: without a descriptor it is let go.
+                Event::Fork { child } => drop(child),
+                _ => {}
+            }
+        }
+    }
 }
 
 /// The next fault to answer; `None` when the task needs no thread any more.

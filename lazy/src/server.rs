@@ -53,6 +53,9 @@ pub struct LazyConfig {
     pub on_source_failure: FailureHook,
     /// Called for each forked child, by the thread that answers faults: it should be quick.
     pub on_fork: Option<ForkHook>,
+    /// Whether complete tasks are listened to until the server stops. Needed where others hold duplicates of their
+    /// userfaultfds: as long as one is open, the kernel makes a task wait until its fork or munmap was taken note of.
+    pub linger: bool,
 }
 
 impl Default for LazyConfig {
@@ -64,6 +67,7 @@ impl Default for LazyConfig {
             around_pages: 16,
             on_source_failure: Arc::new(backoff),
             on_fork: None,
+            linger: false,
         }
     }
 }

@@ -325,6 +325,7 @@ impl Serving {
         });
         let config = LazyConfig {
             on_fork: Some(on_fork),
+            linger: true,
             ..LazyConfig::default()
         };
         let server = LazyServer::new(config, urgent, bulk).context("serve page faults")?;
@@ -421,10 +422,11 @@ impl Serving {
     /// Takes the guards out of the tasks. To be called on a thread that may trace, when all memory is there.
     pub fn finish(self) {
         let Serving { server, guards, .. } = self;
-        drop(server);
         for guard in &guards {
             guard.remove();
         }
+        // Only now: a task that waits for the server to take note of an munmap cannot be stopped.
+        drop(server);
     }
 }
 
