@@ -177,7 +177,7 @@ fn serve(
     }
     let image = TreeImage::load(&store)?;
     // A packet that comes before its socket would be answered with a reset.
-    let lock = lock_connections(&image)?;
+    let mut lock = lock_connections(&image)?;
     // The address must be here before sockets can be bound to it; it is announced when the tree runs.
     let address = moved.as_ref().map(address::Added::add).transpose()?;
     let build = restage(build, &sink, &begin, &image, &restore_options)?;
@@ -203,7 +203,10 @@ fn serve(
     let committed = Instant::now();
     let pid = put.ready.root_pid().unwrap_or_default();
     registry.committed(pid)?;
-    drop(lock);
+    // Taken away, not dropped: closing its socket waits for a grace period of the kernel, and the tree with it.
+    if let Some(lock) = &mut lock {
+        lock.unlock().context("unlock the network")?;
+    }
     let ran = put.ready.go()?;
     registry.running(pid);
     if let Some(address) = address {
