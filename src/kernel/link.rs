@@ -9,6 +9,7 @@ use super::netlink::{Messages, NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REQUES
 
 const RTM_NEWLINK: u16 = 16;
 const RTM_NEWADDR: u16 = 20;
+const IFLA_ADDRESS: u16 = 1;
 const IFLA_IFNAME: u16 = 3;
 const IFLA_MASTER: u16 = 10;
 const IFLA_LINKINFO: u16 = 18;
@@ -57,13 +58,15 @@ pub fn index(name: &str) -> io::Result<u32> {
     Ok(rustix::net::netdevice::name_to_index(socket, name)?)
 }
 
-/// Makes a bridge, and sets it up.
+/// Makes a bridge with a hardware address of its own, and sets it up. Without one it has that of a port, and another one when
+/// that port goes: hosts that know the old one then send to nobody.
 ///
 /// # Errors
 /// EEXIST, EPERM, EOPNOTSUPP where the kernel has no bridges.
-pub fn add_bridge(name: &str) -> io::Result<()> {
+pub fn add_bridge(name: &str, hardware_address: [u8; 6]) -> io::Result<()> {
     request(RTM_NEWLINK, NLM_F_CREATE | NLM_F_EXCL, &info(0, true), |link| {
         link.string(IFLA_IFNAME, name);
+        link.bytes(IFLA_ADDRESS, &hardware_address);
         link.nested(IFLA_LINKINFO, |info| info.string(IFLA_INFO_KIND, "bridge"));
     })
 }

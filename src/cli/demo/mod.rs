@@ -23,6 +23,8 @@ use client::Client;
 /// The network of the demo: the two hosts, the client, and the address that moves.
 const NETWORK: [u8; 3] = [10, 187, 42];
 const PREFIX: u8 = 24;
+/// Hardware address of the switch, locally administered.
+const SWITCH: [u8; 6] = [0x02, 0, 0, 0x2a, 0, 3];
 const SOURCE: u8 = 1;
 const DESTINATION: u8 = 2;
 const CLIENT: u8 = 3;
@@ -167,7 +169,7 @@ impl Demo {
         self.say(context, "making two hosts out of namespaces, joined by a switch");
         link::unshare_network().context("make a network")?;
         link::set_up("lo").context("make a network")?;
-        link::add_bridge("switch").context("make a switch")?;
+        link::add_bridge("switch", SWITCH).context("make a switch")?;
         link::add_address("switch", address(CLIENT), PREFIX).context("make a switch")?;
         let (source, destination) = (stage.host("alpha", SOURCE)?, stage.host("beta", DESTINATION)?);
         let source_pid = stage.hosts[source].id() as i32;
