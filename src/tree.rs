@@ -1,10 +1,11 @@
 //! The tasks of a tree: found, frozen until the tree is stable, and as they are in images.
 
 use std::collections::{BTreeMap, HashSet, VecDeque};
+use std::time::Duration;
 
 use whimbrel_images::entry;
 use whimbrel_images::proto::{
-    CoreEntry, FdinfoEntry, FileEntry, FsEntry, InventoryEntry, MmEntry, PstreeEntry, TaskKobjIdsEntry,
+    CoreEntry, FdinfoEntry, FileEntry, FsEntry, InventoryEntry, MmEntry, PstreeEntry, SeccompEntry, TaskKobjIdsEntry,
 };
 use whimbrel_images::store::ImageStore;
 
@@ -43,9 +44,21 @@ pub struct Thread {
     pub stopped: Option<Stopped>,
 }
 
+/// A thread-group leader that has ended before other threads of its process: what stays of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeadLeader {
+    /// The process's id in our pid namespace.
+    pub pid: i32,
+    /// Its name.
+    pub comm: Vec<u8>,
+    /// Its status. That of the process will be the last thread's.
+    pub status: i32,
+}
+
 /// A frozen task.
 pub struct Task {
-    /// Its id in our pid namespace.
+    /// Its id in our pid namespace; that of its first living thread when the leader is dead, for a dead thread has neither
+    /// memory nor descriptors to show.
     pub pid: i32,
     /// Its id in its own pid namespace.
     pub inner_pid: i32,
@@ -61,8 +74,10 @@ pub struct Task {
     pub stat: Stat,
     /// `/proc/PID/status`.
     pub status: Status,
-    /// Its threads, leader first; none for a zombie.
+    /// Its threads, leader first; none for a zombie, and without the leader if that is dead.
     pub threads: Vec<Thread>,
+    /// Its leader, if that is dead and others live.
+    pub dead_leader: Option<DeadLeader>,
 }
 
 /// A frozen tree. Dropping it lets all threads go on.
@@ -101,6 +116,17 @@ impl Tree {
         }
     }
 
+    /// Stops one task, and none of its children.
+    ///
+    /// # Errors
+    /// When it cannot be traced or is gone; it goes on.
+    pub fn hold(pid: i32) -> Result<Tree> {
+        match freeze_task(pid, 0)? {
+            Some(task) if !task.threads.is_empty() => Ok(Tree { tasks: vec![task] }),
+            _ => Err(Error::new("stop").task(pid).because("it has ended")),
+        }
+    }
+
     /// All tasks that are not zombies.
     pub fn living(&self) -> impl Iterator<Item = &Task> {
         self.tasks
@@ -128,6 +154,27 @@ impl Tree {
     /// # Errors
     /// When one cannot be killed.
     pub fn kill(self) -> Result<()> {
+        self.doom();
+        self.await_death();
+        Ok(())
+    }
+
+    /// As [`Tree::kill`], for somebody who waits for it: most of a death is memory being taken apart, and two processors do
+    /// that faster than one. Where nobody waits, the other one is better left to others.
+    ///
+    /// # Errors
+    /// As [`Tree::kill`].
+    pub fn kill_swiftly(self) -> Result<()> {
+        self.doom();
+        for task in &self.tasks {
+            // Whoever is done with it already, or shares it, says so, and that is all right.
+            let _ = crate::kernel::sys::process_mrelease(task.pid);
+        }
+        self.await_death();
+        Ok(())
+    }
+
+    fn doom(&self) {
         // Children first: a parent that is woken by a child's death would be dying already.
         for task in self.tasks.iter().rev().filter(|task| !task.threads.is_empty()) {
             let pid = rustix::process::Pid::from_raw(task.pid);
@@ -135,6 +182,9 @@ impl Tree {
                 rustix::process::kill_process(pid, rustix::process::Signal::KILL).ok();
             }
         }
+    }
+
+    fn await_death(self) {
         for task in self.tasks {
             // The leader's death is told only when those of the other threads have been taken note of.
             for thread in task.threads.into_iter().rev() {
@@ -151,7 +201,6 @@ impl Tree {
                 }
             }
         }
-        Ok(())
     }
 }
 
@@ -163,6 +212,9 @@ fn explain_root(error: Error, root: bool) -> Error {
     }
 }
 
+/// How long a task that sleeps in the kernel may take to wake, while the tasks before it stand still already.
+const PATIENCE: Duration = Duration::from_secs(3);
+
 /// Stops one task; `None` when it was gone before it could be stopped.
 fn freeze_task(pid: i32, parent: i32) -> Result<Option<Task>> {
     let read = || -> Result<(Stat, Status)> {
@@ -171,12 +223,16 @@ fn freeze_task(pid: i32, parent: i32) -> Result<Option<Task>> {
             status::parse(&procfs::read(pid, "status")?)?,
         ))
     };
-    let (first, _) = read().map_err(|error| error.task(pid))?;
-    if first.state == b'Z' || first.state == b'X' {
-        let (stat, status) = read()?;
-        let state = TaskState::Zombie(stat.exit_code);
-        return Ok(Some(describe(pid, parent, stat, status, state, Vec::new())));
-    }
+    let gone = |error: &Error| matches!(error.errno(), Some(libc::ENOENT | libc::ESRCH));
+    let asleep = match read() {
+        Ok((stat, status)) if is_dead(&stat) && speaker(pid) == pid => {
+            return Ok(Some(zombie(pid, parent, stat, status)));
+        }
+        Ok((stat, _)) => stat.state == b'D',
+        // A child that nobody needs to wait for leaves no zombie.
+        Err(error) if parent != 0 && gone(&error) => return Ok(None),
+        Err(error) => return Err(error.task(pid)),
+    };
     let mut threads: Vec<Thread> = Vec::new();
     let mut group_stop = None;
     loop {
@@ -192,7 +248,11 @@ fn freeze_task(pid: i32, parent: i32) -> Result<Option<Task>> {
                 Err(error) if error.errno() == Some(libc::EPERM) && is_dead_thread(pid, tid) => continue,
                 Err(error) => return Err(error),
             };
-            match running.stop()? {
+            let stopped = match asleep && tid == pid {
+                true => running.stop_within(PATIENCE)?,
+                false => running.stop()?,
+            };
+            match stopped {
                 Ok((stopped, stop)) => {
                     group_stop = group_stop.or(stop);
                     threads.push(Thread {
@@ -210,21 +270,61 @@ fn freeze_task(pid: i32, parent: i32) -> Result<Option<Task>> {
         }
     }
     if threads.is_empty() {
-        return Ok(None);
+        // It is ending, and its parent, stopped in wait(2) or before it, will ask for it: it is a zombie to come.
+        loop {
+            match read() {
+                Ok((stat, status)) if is_dead(&stat) => return Ok(Some(zombie(pid, parent, stat, status))),
+                Ok(_) => std::thread::sleep(std::time::Duration::from_micros(100)),
+                Err(error) if gone(&error) => return Ok(None),
+                Err(error) => return Err(error.task(pid)),
+            }
+        }
     }
     threads.sort_by_key(|thread| (thread.tid != pid, thread.tid));
-    if threads[0].tid != pid {
-        return Err(Error::new("freeze")
-            .task(pid)
-            .because("its first thread has ended while others run; this is not supported yet"));
-    }
     for thread in &mut threads {
         let status = status::parse(&procfs::read(pid, &format!("task/{}/status", thread.tid))?)?;
         thread.inner_tid = status.ns_pid.last().copied().unwrap_or(thread.tid);
     }
     let (stat, status) = read()?;
     let state = group_stop.map_or(TaskState::Alive, TaskState::Stopped);
-    Ok(Some(describe(pid, parent, stat, status, state, threads)))
+    let first = threads[0].tid;
+    if first == pid {
+        return Ok(Some(describe(pid, parent, stat, status, state, threads)));
+    }
+    // The file of the process has no status while threads live, that of the thread has.
+    let leader = stat::parse(&procfs::read(pid, &format!("task/{pid}/stat"))?)?;
+    let dead_leader = Some(DeadLeader {
+        pid,
+        comm: leader.comm,
+        status: leader.exit_code,
+    });
+    let inner_pid = status.ns_pid.last().copied().unwrap_or(pid);
+    let stat = stat::parse(&procfs::read(first, "stat")?)?;
+    let status = status::parse(&procfs::read(first, "status")?)?;
+    Ok(Some(Task {
+        inner_pid,
+        dead_leader,
+        ..describe(first, parent, stat, status, state, threads)
+    }))
+}
+
+/// The thread of a process that /proc is to be asked by: its leader, or, if that is dead, the first that lives.
+pub fn speaker(pid: i32) -> i32 {
+    if !is_dead_thread(pid, pid) {
+        return pid;
+    }
+    let others = threads_of(pid).unwrap_or_default().into_iter();
+    let living = others.filter(|&tid| tid != pid && !is_dead_thread(pid, tid));
+    living.min().unwrap_or(pid)
+}
+
+fn is_dead(stat: &Stat) -> bool {
+    matches!(stat.state, b'Z' | b'X')
+}
+
+fn zombie(pid: i32, parent: i32, stat: Stat, status: Status) -> Task {
+    let state = TaskState::Zombie(stat.exit_code);
+    describe(pid, parent, stat, status, state, Vec::new())
 }
 
 fn describe(pid: i32, parent: i32, stat: Stat, status: Status, state: TaskState, threads: Vec<Thread>) -> Task {
@@ -239,6 +339,7 @@ fn describe(pid: i32, parent: i32, stat: Stat, status: Status, state: TaskState,
         stat,
         status,
         threads,
+        dead_leader: None,
     }
 }
 
@@ -301,6 +402,23 @@ impl TaskImage {
         self.state() == task_state::DEAD || self.state() == 6
     }
 
+    /// Did its leader end before other threads? Then the first of those has the state of the process.
+    pub fn leader_is_dead(&self) -> bool {
+        let leader = self.cores.first().and_then(|core| core.thread_core.as_ref());
+        self.entry.threads.len() > 1 && leader.and_then(|thread| thread.dead) == Some(true)
+    }
+
+    /// The living threads with their images; the first has the state of the process.
+    pub fn living_threads(&self) -> impl Iterator<Item = (u32, &CoreEntry)> {
+        let all = self.entry.threads.iter().copied().zip(&self.cores);
+        all.skip(usize::from(self.leader_is_dead()))
+    }
+
+    /// The images of the living threads.
+    pub fn living_cores(&self) -> &[CoreEntry] {
+        &self.cores[usize::from(self.leader_is_dead()).min(self.cores.len())..]
+    }
+
     /// Its state, as in [`task_state`].
     pub fn state(&self) -> u32 {
         self.cores
@@ -335,6 +453,8 @@ pub struct TreeImage {
     pub tasks: Vec<TaskImage>,
     /// All open file descriptions.
     pub files: BTreeMap<u32, FileEntry>,
+    /// All seccomp filters.
+    pub seccomp: SeccompEntry,
 }
 
 /// Version of the image format that CRIU has had since 2.0.
@@ -387,6 +507,11 @@ impl TreeImage {
             .try_for_each(|file| writer.write(file))
             .context(failed)?;
         writer.finish().context(failed)?;
+        if !self.seccomp.seccomp_filters.is_empty() {
+            one("seccomp.img".into(), &|name| {
+                entry::write_one(store, name, &self.seccomp)
+            })?;
+        }
         // Last: a directory with an inventory is a whole dump.
         one("inventory.img".into(), &|name| {
             entry::write_one(store, name, &self.inventory)
@@ -433,6 +558,10 @@ impl TreeImage {
         for file in entry::read_all::<FileEntry>(store, "files.img").context(failed)? {
             tree.files.insert(file.id, file);
         }
+        tree.seccomp = match entry::read_one(store, "seccomp.img") {
+            Err(error) if error.is_not_found() => SeccompEntry::default(),
+            read => read.context(failed)?,
+        };
         Ok(tree)
     }
 

@@ -57,6 +57,7 @@ impl Victim {
         let code = format!(
             "import os, time\n\
              secret = os.urandom(1 << 20); kept = hash(secret); n = 0\n\
+             tool = open({tool:?}, 'rb')\n\
              open({pid:?}, 'w').write(str(os.getpid()))\n\
              while True:\n\
             \x20   n += 1\n\
@@ -65,7 +66,10 @@ impl Victim {
             \x20   time.sleep(0.01)\n",
             pid = directory.path().join("pid").display().to_string(),
             count = count.display().to_string(),
+            tool = directory.path().join("tool").display().to_string(),
         );
+        // It has a program open, to be read.
+        std::fs::copy("/usr/bin/true", directory.path().join("tool")).unwrap();
         let child = Command::new("setsid")
             .args(["/usr/bin/python3", "-c", &code])
             .stdin(Stdio::null())
@@ -290,6 +294,43 @@ fn a_dump_and_a_restore_that_are_cancelled_leave_nothing_behind() {
         std::thread::sleep(Duration::from_millis(5));
     }
     good(&victim.restore(&[]));
+    victim.goes_on();
+}
+
+#[test]
+fn files_must_match_in_mode_and_build_id_unless_the_user_says_otherwise() {
+    use std::os::unix::fs::PermissionsExt;
+    if !is_root() {
+        return;
+    }
+    let victim = Victim::start();
+    let tool = victim.path("tool");
+    let mode = |mode| std::fs::set_permissions(&tool, std::fs::Permissions::from_mode(mode)).unwrap();
+    good(&victim.dump(&[]));
+    victim.reap();
+    mode(0o600);
+    refused(&victim.restore(&[]), "--skip-file-rwx-check");
+    good(&victim.restore(&["--skip-file-rwx-check"]));
+    victim.goes_on();
+
+    std::fs::remove_dir_all(victim.path("images")).unwrap();
+    std::fs::create_dir(victim.path("images")).unwrap();
+    good(&victim.dump(&[]));
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while victim.is_there() {
+        assert!(Instant::now() < deadline, "the victim is still there");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let mut bytes = std::fs::read(&tool).unwrap();
+    // The contents of notes, of which the build id is one, lie behind this name.
+    let places: Vec<usize> = (0..bytes.len() - 8).filter(|&i| &bytes[i..i + 4] == b"GNU\0").collect();
+    for place in places {
+        bytes[place + 5] ^= 0xff;
+    }
+    std::fs::write(&tool, bytes).unwrap();
+    mode(0o600);
+    refused(&victim.restore(&[]), "build id");
+    good(&victim.restore(&["--file-validation", "filesize"]));
     victim.goes_on();
 }
 

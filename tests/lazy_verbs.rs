@@ -695,7 +695,7 @@ fn a_child_that_was_forked_while_memory_follows_waits_too_when_the_daemon_dies()
             return true;
         }
         whimbrel::kernel::sys::kill(server, libc::SIGCONT).unwrap();
-        std::thread::sleep(Duration::from_millis(2));
+        std::thread::sleep(Duration::from_micros(200));
         whimbrel::kernel::sys::kill(server, libc::SIGSTOP).unwrap();
         false
     });

@@ -113,12 +113,15 @@ fn program_moves(name: &str, arguments: &[&str]) {
     let victim = Victim::start(&hosts.a, hosts.path(), name, arguments);
     for mode in MODES {
         for (from, to) in [(&hosts.a, &hosts.b), (&hosts.b, &hosts.a)] {
+            println!("{mode} from {} to {}", from.name, to.name);
             victim.goes_on_at(from);
             moves(from, to, victim.pid, &["--mode", mode]);
             victim.goes_on_at(to);
         }
     }
-    nothing_is_left(&hosts.a, name);
+    // A process whose first thread has ended shows no command line.
+    let known = |pid: i32, line: &str| pid == victim.pid || line.contains(name) || line.contains(" serve");
+    hosts.a.has_only("in the end", known);
     nothing_is_left(&hosts.b, "nothing");
 }
 
@@ -135,6 +138,21 @@ fn a_program_that_writes_its_memory_moves_in_each_mode() {
 #[test]
 fn a_program_that_forks_maps_and_unmaps_all_the_time_moves_in_each_mode() {
     program_moves("churn.py", &[]);
+}
+
+#[test]
+fn a_program_whose_first_thread_has_ended_moves_in_each_mode() {
+    program_moves("headless.py", &[]);
+}
+
+#[test]
+fn a_program_under_seccomp_moves_in_each_mode() {
+    program_moves("filtered.py", &[]);
+}
+
+#[test]
+fn tasks_that_share_their_descriptors_move_in_each_mode() {
+    program_moves("sharing.py", &[]);
 }
 
 #[test]
@@ -156,6 +174,73 @@ fn a_shell_pipeline_with_a_zombie_moves() {
         victim.goes_on_at(to);
         common::wait_for("only the zombie is there", || (zombies(to) == 1).then_some(()));
     }
+}
+
+/// The tool waits in the freeze, behind the network lock, until a client has sent what it sends then.
+fn moves_when_sent(hosts: &Hosts, victim: &Victim) {
+    let script = hosts.path().join("action");
+    let directory = hosts.path().display();
+    let text = format!(
+        "#!/bin/sh\n[ $CRTOOLS_SCRIPT_ACTION = pre-resume ] || exit 0\ncd {directory} && touch frozen\n\
+         while [ ! -e sent ]; do sleep 0.01; done\n"
+    );
+    std::fs::write(&script, text).unwrap();
+    std::fs::set_permissions(&script, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    let (script, address) = (script.display().to_string(), format!("{MOVING}/24"));
+    let options = ["--move-address", &address, "--action-script", &script];
+    moves(&hosts.a, &hosts.b, victim.pid, &options);
+}
+
+#[test]
+fn what_a_client_sends_in_the_freeze_is_delivered_and_who_connects_then_is_served() {
+    if !ready(false) {
+        return;
+    }
+    let hosts = Hosts::new();
+    let serve = hosts.b.serve();
+    let victim = Victim::start(&hosts.a, hosts.path(), "echo.py", &[]);
+    let client = common::program("late_client.py").display().to_string();
+    let directory = hosts.path().display().to_string();
+    let words = [common::victim::PYTHON, &client, MOVING, &directory];
+    let mut client = hosts.client.command(&words).spawn().unwrap();
+    let there = |name: &str| hosts.path().join(name).exists().then_some(());
+    common::wait_for("the client is connected", || there("connected"));
+    moves_when_sent(&hosts, &victim);
+    assert!(client.wait().unwrap().success());
+    println!("{}", std::fs::read_to_string(hosts.path().join("done")).unwrap());
+    // At least the line and the new connection's first packet: that they were sent then, the client knows.
+    let log = serve.log();
+    let delivered = log
+        .lines()
+        .find_map(|line| line.split_once(" packets that came to the old place"));
+    let delivered = delivered.and_then(|(before, _)| before.rsplit(' ').next()?.parse::<u32>().ok());
+    assert!(delivered >= Some(2), "{log}");
+    victim.goes_on_at(&hosts.b);
+}
+
+#[test]
+fn datagrams_that_wait_and_those_that_come_in_the_freeze_are_received_once_and_in_order() {
+    if !ready(false) {
+        return;
+    }
+    let hosts = Hosts::new();
+    let serve = hosts.b.serve();
+    let directory = hosts.path().display().to_string();
+    let victim = Victim::start(&hosts.a, hosts.path(), "mailbox.py", &[&directory, "200"]);
+    let client = common::program("late_sender.py").display().to_string();
+    let words = [common::victim::PYTHON, &client, MOVING, &directory, "200"];
+    let mut client = hosts.client.command(&words).spawn().unwrap();
+    let there = |name: &str| hosts.path().join(name).exists().then_some(());
+    common::wait_for("half of them are sent", || there("half"));
+    moves_when_sent(&hosts, &victim);
+    std::fs::write(hosts.path().join("read"), "").unwrap();
+    assert!(client.wait().unwrap().success(), "{}", serve.log());
+    assert!(
+        serve.log().contains(" 100 packets that came to the old place"),
+        "{}",
+        serve.log()
+    );
+    victim.goes_on_at(&hosts.b);
 }
 
 /// A migration that must fail with all of these words, after which the program goes on as before.
@@ -289,6 +374,81 @@ fn a_destination_that_is_not_there_is_named() {
         &[&format!("{}:{PORT}", hosts.b.address)],
     );
     fails(&hosts.a, "10.77.0.77", &victim, &["10.77.0.77"]);
+    let _serve = hosts.b.serve();
+    retry_succeeds(&hosts, &victim);
+}
+
+#[test]
+fn a_destination_without_memory_is_named_before_anything_is_frozen() {
+    if !ready(false) {
+        return;
+    }
+    let hosts = Hosts::new();
+    let _serve = hosts.b.serve();
+    let victim = Victim::start(&hosts.a, hosts.path(), "memory.py", &["64", "1"]);
+    let little = hosts.path().join("meminfo");
+    std::fs::write(&little, "MemTotal: 65536 kB\nMemAvailable: 1024 kB\n").unwrap();
+    hosts
+        .b
+        .shell(&format!("mount --bind {} /proc/meminfo", little.display()));
+    fails(&hosts.a, &hosts.b.address, &victim, &["1 MiB are available"]);
+    hosts.b.shell("umount /proc/meminfo");
+    retry_succeeds(&hosts, &victim);
+}
+
+/// A directory of a host on which nothing can be written.
+fn full_directory(hosts: &Hosts, host: &Host) -> String {
+    let directory = hosts.path().join("full").display().to_string();
+    std::fs::create_dir_all(&directory).unwrap();
+    host.shell(&format!(
+        "mount -t tmpfs -o size=4096 tmpfs {directory} && dd if=/dev/zero of={directory}/filler bs=4096 count=1 status=none"
+    ));
+    directory
+}
+
+/// A migration that fails in the freeze, after which the program goes on as before, and there is nothing at the destination.
+fn fails_in_the_freeze(hosts: &Hosts, victim: &Victim, options: &[&str], words: &[&str]) {
+    let looks = Looks::at(&hosts.a, victim.pid);
+    let error = hosts
+        .a
+        .migrate(victim.pid, &hosts.b, options)
+        .finish()
+        .expect_err("the migration must fail");
+    for word in words {
+        assert!(error.contains(word), "{word:?} is not in {error}");
+    }
+    looks.must_return(&hosts.a, victim.pid, "after a migration that failed");
+    victim.goes_on_at(&hosts.a);
+    hosts.a.has_no_network_lock("after a migration that failed");
+    nothing_is_left(&hosts.b, "nothing");
+}
+
+#[test]
+fn a_source_that_cannot_note_its_decision_lets_the_program_go_on() {
+    if !ready(false) {
+        return;
+    }
+    let hosts = Hosts::new();
+    let _serve = hosts.b.serve();
+    let victim = Victim::start(&hosts.a, hosts.path(), "connected.py", &[]);
+    let full = full_directory(&hosts, &hosts.a);
+    let words = ["write the decision", "No space left"];
+    fails_in_the_freeze(&hosts, &victim, &["--journal", &full], &words);
+    retry_succeeds(&hosts, &victim);
+}
+
+#[test]
+fn a_destination_that_cannot_note_an_arrival_gives_the_program_back() {
+    if !ready(false) {
+        return;
+    }
+    let hosts = Hosts::new();
+    let full = full_directory(&hosts, &hosts.b);
+    let serve = hosts.b.serve_with(&["--journal", &full]);
+    let victim = Victim::start(&hosts.a, hosts.path(), "connected.py", &[]);
+    fails_in_the_freeze(&hosts, &victim, &[], &["gave the tree up before it ran"]);
+    assert!(serve.log().contains("No space left"), "{}", serve.log());
+    drop(serve);
     let _serve = hosts.b.serve();
     retry_succeeds(&hosts, &victim);
 }

@@ -68,3 +68,52 @@ fn a_program_runs_in_a_sleeping_process_and_leaves_no_trace() {
     assert_eq!(descriptors(), before.2);
     assert!(victim.read("status").contains("TracerPid:\t0"));
 }
+
+/// A program that makes, grows, moves, protects and drops mappings as fast as it can, and says when the kernel refuses.
+#[test]
+fn a_program_that_changes_its_mappings_does_not_notice_that_it_is_watched() {
+    use std::io::{BufRead, BufReader};
+    use whimbrel::dump::track::{Tracker as _, WpAsync};
+    use whimbrel::remote::inject::GadgetCache;
+    let code = "import ctypes, random, time\n\
+                libc = ctypes.CDLL(None, use_errno=True)\n\
+                libc.mmap.restype = libc.mremap.restype = ctypes.c_void_p\n\
+                libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]\n\
+                libc.mremap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int]\n\
+                libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]\n\
+                libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]\n\
+                print('ready', flush=True)\n\
+                areas, bad, count, end = [], 0, 0, time.time() + 3\n\
+                while time.time() < end:\n\
+                \x20   while len(areas) < 40: areas.append([libc.mmap(None, 40960, 3, 0x22, -1, 0), 40960])\n\
+                \x20   at = random.randrange(len(areas)); address, size = areas[at]; what = random.randrange(4)\n\
+                \x20   if what == 0: libc.munmap(address, size); areas.pop(at)\n\
+                \x20   elif what == 1:\n\
+                \x20       grown = libc.mremap(address, size, size + 20480, 1); count += 1\n\
+                \x20       if grown == 2 ** 64 - 1: bad += 1\n\
+                \x20       else: areas[at] = [grown, size + 20480]\n\
+                \x20   elif what == 2 and size > 8192: libc.munmap(address, 4096); areas[at] = [address + 4096, size - 4096]\n\
+                \x20   elif what == 3: bad += libc.mprotect(address, size, 1) != 0; ctypes.memset; bad += libc.mprotect(address, size, 3) != 0\n\
+                print(bad, count > 100, flush=True)\n";
+    let mut child = Command::new("/usr/bin/python3")
+        .args(["-c", code])
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut output = BufReader::new(child.stdout.take().unwrap()).lines();
+    assert_eq!(output.next().unwrap().unwrap(), "ready");
+    let pid = child.id() as i32;
+    let maps = || procfs::maps::parse(&procfs::read(pid, "maps")?);
+    while child.try_wait().unwrap().is_none() {
+        // Attached and let go again and again: both must go unnoticed.
+        let Ok(mut tracker) = WpAsync::attach(pid, &mut GadgetCache::default()) else {
+            break;
+        };
+        for _ in 0..20 {
+            let Ok(maps) = maps() else { break };
+            let _ = tracker.look(&maps);
+        }
+    }
+    assert_eq!(output.next().unwrap().unwrap(), "0 True");
+    assert!(child.wait().unwrap().success());
+}

@@ -5,6 +5,7 @@
 //! cargo bench --bench figures -- dump migrate          these groups only
 //! WHIMBREL_BENCH_SIZES=256,1024,4096                   sizes of the victim, in MiB (the default)
 //! WHIMBREL_BENCH_RUNS=5                                runs of each row
+//! WHIMBREL_BENCH_PROGRAM=/path/to/another/whimbrel     that binary, for before and after on one machine
 //! ```
 //!
 //! Groups: `remote` (driving a process from outside), `track` (watching its memory), `small` (dump and restore of a small
@@ -56,7 +57,8 @@ impl Setup {
         Ok(Setup {
             sizes,
             runs: std::cmp::max(runs, 1),
-            program: env!("CARGO_BIN_EXE_whimbrel").into(),
+            program: std::env::var_os("WHIMBREL_BENCH_PROGRAM")
+                .map_or_else(|| env!("CARGO_BIN_EXE_whimbrel").into(), PathBuf::from),
             directory: tempfile::Builder::new()
                 .prefix("whimbrel-figures-")
                 .tempdir_in(parent)?,

@@ -64,20 +64,22 @@ impl Both {
     }
 }
 
-/// Dumps a victim again and again, the last time for good; then restores it as often.
+/// Dumps a victim, which is killed for it, and restores it, again and again.
 fn dump_and_restore(setup: &Setup, mib: u64, writes: u64) -> Result<Both> {
     let images = setup.path("images");
     let mut victim = Victim::start(&setup.path("victim"), mib, writes, 1)?;
     let pid = victim.pid();
-    let dumps = (1..=setup.runs).map(|number| dump_once(setup, pid, &images, number < setup.runs));
-    let dumps = dumps.collect::<Result<_>>()?;
-    victim.reap()?;
-    let mut restores = Vec::new();
-    for _ in 0..setup.runs {
+    let (mut dumps, mut restores) = (Vec::new(), Vec::new());
+    for number in 0..setup.runs {
+        dumps.push(dump_once(setup, pid, &images, false)?);
+        match number {
+            0 => victim.reap()?,
+            _ => drop(waitpid(Pid::from_raw(pid), WaitOptions::empty())?),
+        }
         restores.push(restore_once(setup, &images)?);
         std::thread::sleep(Duration::from_millis(50));
-        end(pid)?;
     }
+    end(pid)?;
     fresh(&images)?;
     Ok(Both { dumps, restores })
 }
@@ -115,10 +117,10 @@ pub fn dump(setup: &Setup, table: &mut Table) -> Result<()> {
         let quiet = now();
         std::thread::sleep(Duration::from_secs(1));
         let quiet = victim.longest_pause(quiet, now())?.unwrap_or(0.0);
-        let mut pauses = Vec::new();
+        let (mut pauses, mut whole) = (Vec::new(), Vec::new());
         for _ in 0..setup.runs {
             let from = now();
-            dump_once(setup, victim.pid(), &setup.path("images"), true)?;
+            whole.push(dump_once(setup, victim.pid(), &setup.path("images"), true)?.whole);
             std::thread::sleep(Duration::from_millis(50));
             pauses.extend(victim.longest_pause(from, now())?);
         }
@@ -130,6 +132,7 @@ pub fn dump(setup: &Setup, table: &mut Table) -> Result<()> {
             "",
             &remark,
         );
+        table.row("  the whole of it", "ms", &whole, "", "");
     }
     fresh(&setup.path("images"))
 }

@@ -81,8 +81,10 @@ pub fn run(arguments: &[String]) -> ! {
 }
 
 fn note_gaps(gaps: &File) {
-    // It waits for the tool, not for its turn behind the tool's threads.
-    let _ = rustix::process::setpriority_process(None, -15);
+    // It must wait for the tool only, not for its turn behind the tool's threads: both hosts share these processors.
+    let lowest = libc::sched_param { sched_priority: 1 };
+    // SAFETY: sched_setscheduler(2) reads the parameter, and sets the policy of this thread.
+    unsafe { libc::sched_setscheduler(0, libc::SCHED_FIFO, &lowest) };
     let (mut last, mut at) = (now(), 0);
     loop {
         std::thread::sleep(TICK);
@@ -119,8 +121,6 @@ impl Victim {
             .stdout(Stdio::null())
             .stderr(Stdio::null())
             .spawn()?;
-        // Sessions share the processors group by group, where the kernel does that: within a group niceness counts.
-        let _ = fs::write(format!("/proc/{}/autogroup", child.id()), "-15");
         let mut victim = Victim {
             child,
             directory: directory.to_owned(),

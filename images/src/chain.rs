@@ -14,6 +14,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use crate::error::{ImageError, ImageErrorKind};
 use crate::page::{MemoryObject, PAGE_SIZE, PageRun, PageSource, PageState};
 use crate::pagemap::{Pagemap, PagemapFlags, check_run, object_of_name, pagemap_error, pages_name};
+use crate::proto::TrackEntry;
 use crate::store::{DirStore, ImageStore, PARENT_LINK};
 
 /// Most directories that a chain may have. Each is held open.
@@ -28,6 +29,8 @@ pub const MAX_CHAIN: usize = 256;
 pub struct PageStore {
     levels: Vec<DirStore>,
     objects: BTreeMap<MemoryObject, Vec<ResolvedRun>>,
+    /// What the newest dump has left in its tasks.
+    tracks: BTreeMap<MemoryObject, TrackEntry>,
     /// Pages files that have been used, by level and number.
     files: Mutex<HashMap<(usize, u32), Arc<File>>>,
 }
@@ -90,9 +93,13 @@ impl PageStore {
     /// a pagemap is damaged, or its pages file is missing or too short.
     pub fn new(directory: DirStore) -> Result<Self, ImageError> {
         let levels = open_chain(directory)?;
-        let mut objects = BTreeMap::new();
+        let (mut objects, mut tracks) = (BTreeMap::new(), BTreeMap::new());
         for (level, directory) in levels.iter().enumerate().rev() {
             let pagemaps = read_pagemaps(directory).map_err(|error| at_level(level, error))?;
+            let left = pagemaps
+                .iter()
+                .filter_map(|(&object, pagemap)| Some((object, pagemap.track.clone()?)));
+            tracks = left.collect();
             objects = pagemaps
                 .into_iter()
                 .map(|(object, pagemap)| {
@@ -106,6 +113,7 @@ impl PageStore {
         Ok(Self {
             levels,
             objects,
+            tracks,
             files: Mutex::default(),
         })
     }
@@ -113,6 +121,11 @@ impl PageStore {
     /// The objects that the directory has a pagemap for.
     pub fn objects(&self) -> impl Iterator<Item = MemoryObject> + '_ {
         self.objects.keys().copied()
+    }
+
+    /// What the newest dump left in its tasks for the next one to find, by object.
+    pub fn tracks(&self) -> impl Iterator<Item = (MemoryObject, &TrackEntry)> {
+        self.tracks.iter().map(|(&object, track)| (object, track))
     }
 
     /// All runs of `object` in ascending order; `None` when it has no pagemap.

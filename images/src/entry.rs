@@ -426,6 +426,7 @@ mod tests {
             pipe_id: 1887985,
             bytes,
             size: Some(65536),
+            packets: Vec::new(),
         }
     }
 

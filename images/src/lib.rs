@@ -13,6 +13,7 @@ mod interval;
 pub mod magic;
 pub mod page;
 pub mod pagemap;
+mod reorder;
 pub mod sink;
 pub mod store;
 

@@ -117,6 +117,8 @@ pub struct Pagemap {
     pub pages_id: u32,
     /// The runs, in ascending order.
     pub runs: Vec<PagemapRun>,
+    /// What the dump left for the next one in the task, if it did.
+    pub track: Option<proto::TrackEntry>,
 }
 
 impl Pagemap {
@@ -141,6 +143,7 @@ impl Pagemap {
         Ok(Self {
             pages_id: head.pages_id,
             runs,
+            track: head.track,
         })
     }
 
@@ -231,7 +234,7 @@ impl PagemapWriter {
         let pages = store.create(&pages_name);
         let pages = pages.map_err(|error| ImageError::new(&pages_name, 0, ImageErrorKind::Io(error)))?;
         Ok(Self {
-            pagemap: start_pagemap(store, object, pages_id)?,
+            pagemap: start_pagemap(store, object, pages_id, None)?,
             pages: BufWriter::new(pages),
             pages_name,
             pages_offset: 0,
@@ -327,9 +330,10 @@ pub(crate) fn start_pagemap(
     store: &dyn ImageStore,
     object: MemoryObject,
     pages_id: u32,
+    track: Option<proto::TrackEntry>,
 ) -> Result<ImageWriter, ImageError> {
     let mut writer = ImageWriter::create(store, &pagemap_name(object))?;
-    writer.write(&proto::PagemapHead { pages_id })?;
+    writer.write(&proto::PagemapHead { pages_id, track })?;
     Ok(writer)
 }
 
@@ -372,7 +376,7 @@ mod tests {
 
     fn read(entries: &[proto::PagemapEntry]) -> Result<Pagemap, ImageError> {
         let store = MemStore::new();
-        let mut writer = start_pagemap(&store, TASK, 3).unwrap();
+        let mut writer = start_pagemap(&store, TASK, 3, None).unwrap();
         for entry in entries {
             writer.write(entry).unwrap();
         }
@@ -489,7 +493,7 @@ mod tests {
     #[test]
     fn a_count_beyond_32_bits_is_kept() {
         let store = MemStore::new();
-        let mut writer = start_pagemap(&store, TASK, 1).unwrap();
+        let mut writer = start_pagemap(&store, TASK, 1, None).unwrap();
         write_run(&mut writer, present(0, 1 << 33)).unwrap();
         writer.finish().unwrap();
         assert_eq!(Pagemap::read(&store, TASK).unwrap().runs, [present(0, 1 << 33)]);

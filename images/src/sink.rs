@@ -8,13 +8,16 @@ use crate::chain::{Location, PageStore};
 use crate::interval::{Interval, IntervalMap, Value};
 use crate::page::{MemoryObject, PAGE_SIZE, PageRun, PageSink};
 use crate::pagemap::{PagemapFlags, PagemapRun, check_run, pagemap_name, pages_name, start_pagemap, write_run};
+use crate::proto::TrackEntry;
+use crate::reorder::Plan;
 use crate::store::{ImageStore, WriteSeek};
 
 /// A [`PageSink`] that makes pagemaps and pages files. Many objects may be written at once.
 ///
 /// Pages may come in any order and again and again: the newest bytes win, in place. What is where is kept in memory;
-/// [`DirPageSink::finish`] writes the pagemaps and, where pages did not come in ascending order, sorts the pages file
-/// (the format wants it in the order of the pagemap), which for the moment takes its size again on the disk.
+/// [`DirPageSink::finish`] writes the pagemaps and, where pages did not come in ascending order, puts the pages file in order
+/// (the format wants it in that of the pagemap). Where few pages came late that is done in place; else the file is copied,
+/// which for the moment takes its size again on the disk.
 ///
 /// Pages of zeros are dropped by [`PageSink::zero_pages`] only. Bytes given to [`PageSink::write_pages`] are kept even
 /// if they are zeros: over a private file mapping a page of zeros differs from a page that is not there.
@@ -45,11 +48,15 @@ struct ObjectPages {
     file: Box<dyn WriteSeek + Send>,
     /// Where the next new page goes; all pages that `places` knows lie before it.
     end: u64,
+    /// The end of the highest page that was appended, and the end of the file when a lower one came after it.
+    highest: u64,
+    strays_from: Option<u64>,
     /// How far a write may have got, failed ones included.
     touched: u64,
     places: IntervalMap<Place>,
     /// Pages that may be restored on demand, whether stored or not.
     lazy: IntervalMap<()>,
+    track: Option<TrackEntry>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -126,6 +133,15 @@ impl DirPageSink {
     pub fn mark_lazy(&mut self, object: MemoryObject, run: PageRun) -> io::Result<()> {
         check(object, run)?;
         self.object(object)?.lazy.insert(run.start, run.end(), ());
+        Ok(())
+    }
+
+    /// Notes what the dump left in the task of `object` for the next dump to find.
+    ///
+    /// # Errors
+    /// As [`DirPageSink::begin`].
+    pub fn set_track(&mut self, object: MemoryObject, track: TrackEntry) -> io::Result<()> {
+        self.object(object)?.track = Some(track);
         Ok(())
     }
 
@@ -211,9 +227,12 @@ impl ObjectPages {
             pages_id,
             file,
             end: 0,
+            highest: 0,
+            strays_from: None,
             touched: 0,
             places: IntervalMap::default(),
             lazy: IntervalMap::default(),
+            track: None,
         }
     }
 
@@ -239,6 +258,10 @@ impl ObjectPages {
             return Ok(());
         }
         let offset = self.end;
+        if start < self.highest {
+            self.strays_from.get_or_insert(offset);
+        }
+        self.highest = self.highest.max(end);
         self.put(offset, &data[(start - run.start) as usize..(end - run.start) as usize])?;
         self.end += end - start;
         self.places.insert(start, end, Place::File(offset));
@@ -258,11 +281,12 @@ impl ObjectPages {
             touched,
             places,
             lazy,
+            track,
+            strays_from,
             ..
         } = self;
         let name = pages_name(pages_id);
         file.flush().map_err(|error| named(&name, error))?;
-        drop(file);
         let mut total = 0;
         let mut in_order = true;
         for piece in places.iter() {
@@ -273,10 +297,21 @@ impl ObjectPages {
         }
         // Pages that were dropped, or whose write failed, leave bytes that belong to nothing.
         if !in_order || touched != total {
-            sort(store, &name, &places).map_err(|error| named(&name, error))?;
+            let in_file = places.iter().filter_map(|piece| match piece.value {
+                Place::File(offset) => Some((offset, piece.end - piece.start)),
+                _ => None,
+            });
+            let done = match Plan::new(in_file, strays_from.unwrap_or(u64::MAX)) {
+                Some(plan) => (store.open(&name))
+                    .and_then(|mut source| plan.run(&mut *source, &mut *file))
+                    .and_then(|()| store.truncate(&name, total)),
+                None => sort(store, &name, &places),
+            };
+            done.map_err(|error| named(&name, error))?;
         }
+        drop(file);
 
-        let mut pagemap = start_pagemap(store, object, pages_id)?;
+        let mut pagemap = start_pagemap(store, object, pages_id, track)?;
         let mut pending: Option<PagemapRun> = None;
         for piece in places.iter() {
             for run in with_flags(piece, &lazy) {

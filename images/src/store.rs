@@ -54,6 +54,12 @@ pub trait ImageStore: Send + Sync {
     /// # Errors
     /// [`ErrorKind::NotFound`] when there is none; else for an invalid name or when the file cannot be renamed.
     fn rename(&self, from: &str, to: &str) -> io::Result<()>;
+
+    /// Cuts a file off.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] when there is none; else for an invalid name or when the file cannot be written.
+    fn truncate(&self, name: &str, length: u64) -> io::Result<()>;
 }
 
 /// A file that can be read anywhere.
@@ -205,6 +211,13 @@ impl ImageStore for DirStore {
         Ok(Box::new(file))
     }
 
+    fn truncate(&self, name: &str, length: u64) -> io::Result<()> {
+        check_name(name)?;
+        let flags = OFlags::WRONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK;
+        let file = File::from(rustix::fs::openat(&self.directory, name, flags, Mode::empty())?);
+        file.set_len(length)
+    }
+
     fn open(&self, name: &str) -> io::Result<Box<dyn ReadSeek + Send>> {
         Ok(Box::new(self.open_file(name)?))
     }
@@ -301,6 +314,13 @@ impl ImageStore for MemStore {
         let blob = lock(&self.files).entry(name.to_owned()).or_default().clone();
         lock(&blob).clear();
         Ok(Box::new(BlobHandle { blob, position: 0 }))
+    }
+
+    fn truncate(&self, name: &str, length: u64) -> io::Result<()> {
+        check_name(name)?;
+        let blob = self.blob(name)?;
+        lock(&blob).resize(usize::try_from(length).map_err(|_| ErrorKind::InvalidInput)?, 0);
+        Ok(())
     }
 
     fn open(&self, name: &str) -> io::Result<Box<dyn ReadSeek + Send>> {

@@ -182,6 +182,7 @@ fn write_images(store: &DirStore) {
             pipe_id: 1887985,
             bytes: 11,
             size: Some(65536),
+            packets: Vec::new(),
         })
         .unwrap();
     pipes.extra(b"in the pipe").unwrap();

@@ -100,11 +100,15 @@ fn valid_images() -> Vec<(String, Vec<u8>)> {
     add(
         &store,
         "pipes-data.img",
-        &[proto::PipeDataEntry {
-            pipe_id: 1,
-            bytes: 4,
-            size: None,
-        }; 2],
+        &vec![
+            proto::PipeDataEntry {
+                pipe_id: 1,
+                bytes: 4,
+                size: None,
+                packets: Vec::new(),
+            };
+            2
+        ],
         b"data",
     );
     add(

@@ -10,6 +10,7 @@ use whimbrel_images::chain::{Location, PageStore};
 use whimbrel_images::dedup::dedup;
 use whimbrel_images::page::{MemoryObject, PAGE_SIZE, PageRun, PageSink, PageSource, PageState};
 use whimbrel_images::pagemap::PagemapWriter;
+use whimbrel_images::proto::TrackEntry;
 use whimbrel_images::sink::DirPageSink;
 use whimbrel_images::store::{DirStore, ImageStore, MemStore};
 
@@ -186,6 +187,25 @@ fn a_chain_of_three_parents_is_followed() {
         }
     );
     assert_eq!(runs[4].location, Location::Missing);
+}
+
+#[test]
+fn what_a_dump_left_in_a_task_is_found_by_the_next_one_and_only_that_of_the_newest() {
+    let directory = tempfile::tempdir().unwrap();
+    let at = |name: &str| directory.path().join(name);
+    let track = |start_time| TrackEntry {
+        start_time,
+        marked: vec![0x7000, 0x9000],
+        clear: vec![0x8000],
+    };
+    let mut first = sink(&at("1"));
+    first.write_pages(TASK, run(0, 1), &filled(b"a")).unwrap();
+    first.set_track(TASK, track(1)).unwrap();
+    first.finish().unwrap();
+    let store = PageStore::open(at("1")).unwrap();
+    assert_eq!(store.tracks().collect::<Vec<_>>(), [(TASK, &track(1))]);
+    dump(&at("2"), "^", Some("../1"));
+    assert_eq!(PageStore::open(at("2")).unwrap().tracks().count(), 0);
 }
 
 #[test]

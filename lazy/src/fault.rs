@@ -1,7 +1,7 @@
 //! The fault loop: blocking threads that read events and answer faults, with no hand-over in between.
 //!
-//! A task has a few such threads. One at a time holds the token and waits for events; what it reads goes into the task's
-//! queue, it takes the first fault and lets go of the token, and the next thread takes the next fault or waits for
+//! A task has a few such threads. One at a time has the turn and waits for events; what it reads goes into the task's
+//! queue, it takes the first fault and gives up the turn, and the next thread takes the next fault or waits for
 //! events. So a fault that takes long (a slow source) blocks neither the faults behind it nor a fork or munmap,
 //! and a fault is answered by the thread that read it.
 //!
@@ -9,17 +9,17 @@
 
 use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use whimbrel_images::page::{PAGE_SIZE, PageState};
 
 use crate::ioctl::{Event, Stop, StopSignal, wait_readable};
+use crate::journal::Change;
 use crate::regions::{Claim, PageStatus};
 use crate::server::{Shared, SourceFailure};
 use crate::stats::add;
-use crate::task::{Fault, Placed, State, Task, TaskFailure, TaskStatus};
+use crate::task::{Fault, Known, Placed, State, Task, TaskFailure, TaskStatus};
 
 const PAGE: u64 = PAGE_SIZE as u64;
 /// How often a thread that lingers looks whether the server stops.
@@ -29,6 +29,7 @@ const LIVENESS: Duration = Duration::from_millis(500);
 
 /// Runs until the task is complete, gone or the server stops.
 pub(crate) fn run(shared: &Arc<Shared>, task: &Arc<Task>) {
+    crate::ioctl::run_first();
     while let Some(fault) = next(shared, task) {
         shared.faults_active.fetch_add(1, Ordering::Relaxed);
         if fault.attempt == 0 {
@@ -45,14 +46,14 @@ pub(crate) fn run(shared: &Arc<Shared>, task: &Arc<Task>) {
     linger(shared, task);
 }
 
-/// Takes note of what a complete task still reports: changes that were under way when its ranges were unregistered, and
-/// parts that grew and were never asked about. Nothing of it is unknown any more, so what is not there is zeros.
+/// Answers a complete task until the server ends: see [`TaskStatus::Complete`]. Nothing of it is unknown any more, so what is
+/// not there is zeros; and it waits until its forks and munmaps are taken note of.
 fn linger(shared: &Shared, task: &Task) {
-    if !shared.config.linger || task.lock().status != TaskStatus::Complete {
+    if task.lock().status != TaskStatus::Complete {
         return;
     }
-    // One thread is enough. Whoever holds the token now does it, or comes here next.
-    let Ok(_token) = task.token.try_lock() else { return };
+    // One thread is enough. Whoever has the turn now does it, or comes here next.
+    let Some(_turn) = task.turn.try_take() else { return };
     let Ok(never) = StopSignal::new() else { return };
     let mut events = Vec::new();
     while !shared.stopping() {
@@ -85,7 +86,7 @@ fn linger(shared: &Shared, task: &Task) {
 
 /// The next fault to answer; `None` when the task needs no thread any more.
 fn next(shared: &Arc<Shared>, task: &Arc<Task>) -> Option<Fault> {
-    let _token = task.token.lock().unwrap_or_else(PoisonError::into_inner);
+    let turn = task.turn.take();
     loop {
         let mut timeout = LIVENESS;
         {
@@ -99,6 +100,11 @@ fn next(shared: &Arc<Shared>, task: &Arc<Task>) -> Option<Fault> {
                 .map(|at| state.delayed.swap_remove(at).1)
                 .or_else(|| state.ready.pop_front())
             {
+                let alone = state.ready.is_empty() && state.delayed.is_empty();
+                drop(state);
+                if alone && fault.attempt == 0 {
+                    turn.leave_for_a_moment();
+                }
                 return Some(fault);
             }
             if let Some(when) = state.delayed.iter().map(|(when, _)| *when).min() {
@@ -129,9 +135,18 @@ pub(crate) fn drain(shared: &Arc<Shared>, task: &Arc<Task>) -> bool {
     for child in children {
         add(&shared.stats.forks, 1);
         if let Some(hook) = &shared.config.on_fork {
-            hook(task.pid, child.uffd.as_fd());
+            hook(
+                task.pid,
+                child.uffd.as_fd(),
+                child.journal.as_ref().map(|&(number, _)| number),
+            );
         }
-        if let Err(error) = shared.start_task(task.pid, child.uffd, child.map) {
+        let known = Known {
+            map: child.map,
+            journal: child.journal.map(|(_, journal)| journal),
+            ..Known::default()
+        };
+        if let Err(error) = shared.start_task(task.pid, child.uffd, known) {
             // The descriptor was kept open by start_task, so the child waits for its pages instead of reading zeros.
             tracing::error!(pid = task.pid, %error, "cannot serve a forked child");
         }
@@ -150,6 +165,8 @@ fn serve(shared: &Arc<Shared>, task: &Arc<Task>, fault: Fault) {
     loop {
         let mut state = task.lock();
         if !state.live() || shared.stopping() {
+            // The thread shall look again, and ask anew if it must.
+            let _ = task.uffd.wake(fault.address & !(PAGE - 1), PAGE);
             return;
         }
         if !task.settled(&mut state) {
@@ -248,7 +265,8 @@ fn fill(
             Placed::Done { pages, zeros } => {
                 add(&shared.stats.fault_pages, pages);
                 add(&shared.stats.zeros, zeros);
-                if pages == 0 && state.live() && state.map.page(fault.address).is_none_or(|p| p.status.settled()) {
+                let settled = || state.map.page(fault.address).is_none_or(|page| page.status.settled());
+                if pages == 0 && (!state.live() || settled()) {
                     // The page was moved, dropped or filled meanwhile: the thread shall look again.
                     let _ = task.uffd.wake(fault.address, PAGE);
                 }
@@ -282,7 +300,12 @@ fn retry(shared: &Arc<Shared>, task: &Arc<Task>, fault: Fault, error: &std::io::
         attempt: fault.attempt.saturating_add(1),
         ..fault
     };
-    task.lock().delayed.push((Instant::now() + delay, again));
+    let mut state = task.lock();
+    if state.live() {
+        state.delayed.push((Instant::now() + delay, again));
+    } else {
+        let _ = task.uffd.wake(fault.address & !(PAGE - 1), PAGE);
+    }
 }
 
 enum Outside {
@@ -303,14 +326,16 @@ fn outside(task: &Task, state: &mut State, address: u64) -> Outside {
     if let Some(before) = before {
         answer = connected(before - PAGE, address + PAGE);
         if answer == Ok(true) {
-            state.map.grow(before, address + PAGE, before - PAGE);
+            let (start, end, like) = (before, address + PAGE, before - PAGE);
+            state.change(Change::Grow { start, end, like });
             return Outside::Grown;
         }
     }
     if let (Ok(false), Some(after)) = (answer, after) {
         answer = connected(address, after + PAGE);
         if answer == Ok(true) {
-            state.map.grow(address, after, after);
+            let (start, end, like) = (address, after, after);
+            state.change(Change::Grow { start, end, like });
             return Outside::Grown;
         }
     }

@@ -666,3 +666,18 @@ pub(crate) fn wait_readable(
     }
     Ok((fds[0].revents != 0, fds[1].revents != 0))
 }
+/// Lets this thread run before all ordinary ones, as far as the caller's privileges go: a task waits for what it does,
+/// which is little. Threads and processes that it makes are ordinary ones.
+///
+/// A nice value would not do: where autogroups are on, sched(7), it only counts among the threads of one session.
+pub fn run_first() {
+    let lowest = libc::sched_param { sched_priority: 1 };
+    // SAFETY: sched_setscheduler(2) reads the parameter, and sets the policy of this thread.
+    let set = unsafe { libc::sched_setscheduler(0, libc::SCHED_FIFO | libc::SCHED_RESET_ON_FORK, &lowest) };
+    if set != 0 {
+        tracing::debug!(
+            "page faults are answered at ordinary priority: {}",
+            io::Error::last_os_error()
+        );
+    }
+}

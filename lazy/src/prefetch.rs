@@ -20,7 +20,7 @@ const PLACE_PAGES: u64 = 16;
 /// How far behind a fault its neighbourhood reaches, in units.
 const AHEAD: u64 = 4;
 /// How long a thread holds back in favour of faults before its next read.
-const YIELD: Duration = Duration::from_millis(2);
+const YIELD: Duration = Duration::from_micros(300);
 /// An idle thread looks for work this often even if nobody tells it of any.
 const IDLE: Duration = Duration::from_millis(100);
 
@@ -29,7 +29,7 @@ pub(crate) fn run(shared: &Arc<Shared>) {
     let mut buffer = vec![0; (shared.config.unit_pages * PAGE) as usize];
     let (mut turn, mut failures) = (0usize, 0u32);
     while !shared.stopping() {
-        let generation = shared.generation();
+        let work = shared.work();
         let tasks = shared.tasks();
         let picked = (0..tasks.len()).find_map(|offset| {
             let task = &tasks[(turn + offset) % tasks.len()];
@@ -38,7 +38,7 @@ pub(crate) fn run(shared: &Arc<Shared>) {
         turn = turn.wrapping_add(1);
         let Some((task, claim)) = picked else {
             drop(tasks);
-            shared.wait_for_work(generation, IDLE);
+            shared.wait_for_work(work, IDLE);
             continue;
         };
         yield_to_faults(shared);
@@ -170,6 +170,6 @@ fn place(
 fn yield_to_faults(shared: &Shared) {
     let start = Instant::now();
     while shared.faults_active.load(std::sync::atomic::Ordering::Relaxed) > 0 && start.elapsed() < YIELD {
-        std::thread::sleep(Duration::from_micros(50));
+        std::thread::sleep(Duration::from_micros(100));
     }
 }

@@ -12,7 +12,7 @@ use whimbrel_images::page::{PAGE_SIZE, PageSource, PageState};
 use crate::ioctl::{RegisterMode, Userfault};
 use crate::regions::{Claim, LazyRange, PageStatus, RegionError, RegionMap};
 use crate::stats::{Stats, StatsSnapshot};
-use crate::task::{Task, TaskFailure, TaskStatus};
+use crate::task::{Known, Task, TaskFailure, TaskStatus};
 
 /// A read that a source failed to do. The pages are asked for again; the task waits.
 #[derive(Debug)]
@@ -30,8 +30,9 @@ pub struct SourceFailure<'a> {
 /// Decides after a failed read how long to wait before the next try. It may also reconnect, or tell somebody.
 pub type FailureHook = Arc<dyn Fn(&SourceFailure<'_>) -> Duration + Send + Sync>;
 
-/// Told of a forked child before its pages are served: the task it descends from, and the child's own userfaultfd.
-pub type ForkHook = Arc<dyn Fn(u32, BorrowedFd<'_>) + Send + Sync>;
+/// Told of a forked child before its pages are served: the task it descends from, the child's own userfaultfd, and the
+/// number of its journal if there is one.
+pub type ForkHook = Arc<dyn Fn(u32, BorrowedFd<'_>, Option<u64>) + Send + Sync>;
 
 /// The default hook: 10 ms, doubled with each failure up to one second.
 pub fn backoff(failure: &SourceFailure<'_>) -> Duration {
@@ -53,21 +54,17 @@ pub struct LazyConfig {
     pub on_source_failure: FailureHook,
     /// Called for each forked child, by the thread that answers faults: it should be quick.
     pub on_fork: Option<ForkHook>,
-    /// Whether complete tasks are listened to until the server stops. Needed where others hold duplicates of their
-    /// userfaultfds: as long as one is open, the kernel makes a task wait until its fork or munmap was taken note of.
-    pub linger: bool,
 }
 
 impl Default for LazyConfig {
     fn default() -> Self {
         Self {
             fault_threads: 2,
-            prefetch_threads: 4,
-            unit_pages: 32,
+            prefetch_threads: 3,
+            unit_pages: 64,
             around_pages: 16,
             on_source_failure: Arc::new(backoff),
             on_fork: None,
-            linger: false,
         }
     }
 }
@@ -161,6 +158,7 @@ pub(crate) struct Shared {
     ids: AtomicU64,
     board: Mutex<Board>,
     changed: Condvar,
+    work: Condvar,
 }
 
 #[derive(Default)]
@@ -169,8 +167,11 @@ struct Board {
     threads: Vec<JoinHandle<()>>,
     complete: usize,
     gone: usize,
-    /// Counts up when there may be new work.
+    /// Counts up when a task is finished or cannot be.
     generation: u64,
+    /// Counts up when there may be more to fetch, and how many threads wait for that.
+    work: u64,
+    idle: usize,
     /// Counts up to end every wait for a failed source.
     kicks: u64,
 }
@@ -212,6 +213,7 @@ impl LazyServer {
             ids: AtomicU64::new(1),
             board: Mutex::default(),
             changed: Condvar::new(),
+            work: Condvar::new(),
         });
         let server = Self { shared };
         for _ in 0..server.shared.config.prefetch_threads {
@@ -245,12 +247,12 @@ impl LazyServer {
         }
     }
 
-    /// Serves a task of which part may be there already.
+    /// Serves a task of which part may be there already, and which another server may have served before.
     ///
     /// # Errors
     /// As [`LazyServer::add_task`].
-    pub fn add_map(&self, uffd: OwnedFd, pid: u32, map: RegionMap) -> Result<(), LazyError> {
-        self.shared.start_task(pid, uffd.into(), map)
+    pub fn add_map(&self, uffd: OwnedFd, pid: u32, known: impl Into<Known>) -> Result<(), LazyError> {
+        self.shared.start_task(pid, uffd.into(), known.into())
     }
 
     /// Waits until every task is complete or gone. With a `timeout`, only so long.
@@ -277,7 +279,8 @@ impl LazyServer {
                     missing: progress.missing,
                 });
             }
-            self.shared.wait_for_work(generation, left.min(Duration::from_secs(1)));
+            self.shared
+                .wait_for_change(generation, left.min(Duration::from_secs(1)));
         }
     }
 
@@ -350,18 +353,34 @@ impl Shared {
         self.board().tasks.clone()
     }
 
-    pub(crate) fn generation(&self) -> u64 {
+    fn generation(&self) -> u64 {
         self.board().generation
     }
 
-    /// Tells idle prefetch threads to look again.
+    /// Tells idle prefetch threads to look again. Nobody else is woken for it: this comes with every fault.
     pub(crate) fn wake_prefetch(&self) {
-        self.board().generation += 1;
-        self.changed.notify_all();
+        let mut board = self.board();
+        board.work += 1;
+        if board.idle > 0 {
+            self.work.notify_all();
+        }
+    }
+
+    pub(crate) fn work(&self) -> u64 {
+        self.board().work
+    }
+
+    /// Waits until there may be more to fetch than at `work`.
+    pub(crate) fn wait_for_work(&self, work: u64, timeout: Duration) {
+        let mut board = self.board();
+        board.idle += 1;
+        let same = |board: &mut Board| board.work == work && !self.stopping();
+        let woken = self.work.wait_timeout_while(board, timeout, same);
+        woken.unwrap_or_else(PoisonError::into_inner).0.idle -= 1;
     }
 
     /// Waits until something changes after `generation`.
-    pub(crate) fn wait_for_work(&self, generation: u64, timeout: Duration) {
+    fn wait_for_change(&self, generation: u64, timeout: Duration) {
         let board = self.board();
         let same = |board: &mut Board| board.generation == generation && !self.stopping();
         drop(
@@ -397,14 +416,14 @@ impl Shared {
         Ok(states)
     }
 
-    pub(crate) fn start_task(self: &Arc<Self>, pid: u32, uffd: Userfault, map: RegionMap) -> Result<(), LazyError> {
+    pub(crate) fn start_task(self: &Arc<Self>, pid: u32, uffd: Userfault, known: Known) -> Result<(), LazyError> {
         let system = |what| move |source| LazyError::System { what, pid, source };
         // If anything fails below, this second descriptor keeps the pages waiting.
         let spare = OwnedFd::from(uffd);
         let uffd = spare.try_clone().map_err(system("duplicate the userfaultfd"));
         let task = uffd.and_then(|uffd| {
             let id = self.ids.fetch_add(1, Ordering::Relaxed);
-            Task::new(id, pid, uffd.into(), map).map_err(system("prepare the userfaultfd"))
+            Task::new(id, pid, uffd.into(), known).map_err(system("prepare the userfaultfd"))
         });
         let task = match task {
             Ok(task) => Arc::new(task),
@@ -488,6 +507,7 @@ impl Shared {
                 (board.tasks.clone(), std::mem::take(&mut board.threads))
             };
             self.changed.notify_all();
+            self.work.notify_all();
             tasks.iter().for_each(|task| task.stop.raise());
             if threads.is_empty() {
                 break;

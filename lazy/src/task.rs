@@ -8,17 +8,17 @@
 
 use std::collections::{HashSet, VecDeque};
 use std::os::fd::OwnedFd;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use whimbrel_images::page::{MemoryObject, PAGE_SIZE, PageState};
 
 use crate::ioctl::{CopyMode, Event, FaultFlags, Stop, StopSignal, Userfault};
+use crate::journal::{Change, Journal, apply};
 use crate::regions::{Claim, PageStatus, RegionMap};
+use crate::turn::Turn;
 
 const PAGE: u64 = PAGE_SIZE as u64;
-/// Ranges are unregistered in pieces of this size, so that the task's address space is not locked for long.
-const UNREGISTER_BYTES: u64 = 1 << 30;
 /// Faults are remembered this far back to guess what is needed next.
 const HINTS: usize = 32;
 
@@ -62,7 +62,9 @@ pub enum TaskFailure {
 pub enum TaskStatus {
     /// Pages are still missing.
     Active,
-    /// Every page is there, and the ranges are unregistered.
+    /// Every page is there. Its ranges stay registered, and it is listened to, until the server ends and its descriptor
+    /// is closed: to unregister what we know of a mapping could split it, where it has grown meanwhile, and its owner
+    /// would notice (mremap(2) fails on a range of two mappings). Closing takes the whole address space in one step.
     Complete,
     /// The address space ended (exit or execve) before it was complete.
     Gone,
@@ -92,9 +94,18 @@ pub(crate) struct State {
     /// Parts of the map that may or may not be unmapped; see [`RegionMap::unmapped`].
     doubtful: Vec<(u64, u64)>,
     events: Vec<Event>,
+    journal: Option<Arc<dyn Journal>>,
 }
 
 impl State {
+    /// Changes the map, and notes it.
+    pub(crate) fn change(&mut self, change: Change) {
+        apply(&mut self.map, &mut self.doubtful, change);
+        if let Some(journal) = &self.journal {
+            journal.changed(&[change]);
+        }
+    }
+
     /// Whether there is still something to do.
     pub(crate) fn live(&self) -> bool {
         matches!(self.status, TaskStatus::Active | TaskStatus::Failed(_))
@@ -117,6 +128,24 @@ impl State {
 pub(crate) struct Child {
     pub(crate) uffd: Userfault,
     pub(crate) map: RegionMap,
+    pub(crate) journal: Option<(u64, Arc<dyn Journal>)>,
+}
+
+/// What is known of the memory of a task that a server begins with.
+#[derive(Default)]
+pub struct Known {
+    /// Each page.
+    pub map: RegionMap,
+    /// Parts of the map that may or may not be unmapped; see [`RegionMap::unmapped`].
+    pub doubtful: Vec<(u64, u64)>,
+    /// Where changes are noted.
+    pub journal: Option<Arc<dyn Journal>>,
+}
+
+impl From<RegionMap> for Known {
+    fn from(map: RegionMap) -> Self {
+        Self { map, ..Self::default() }
+    }
 }
 
 /// What came of filling pages.
@@ -135,32 +164,33 @@ pub(crate) struct Task {
     pub(crate) pid: u32,
     pub(crate) uffd: Userfault,
     pub(crate) stop: StopSignal,
-    /// Whoever holds it is the one thread that waits for events.
-    pub(crate) token: Mutex<()>,
+    /// Whoever has it is the one thread that waits for events.
+    pub(crate) turn: Turn,
     state: Mutex<State>,
 }
 
 impl Task {
-    pub(crate) fn new(id: u64, pid: u32, uffd: Userfault, map: RegionMap) -> std::io::Result<Self> {
+    pub(crate) fn new(id: u64, pid: u32, uffd: Userfault, known: Known) -> std::io::Result<Self> {
         uffd.set_nonblocking()?;
         let state = State {
-            map,
+            map: known.map,
             status: TaskStatus::Active,
             ready: VecDeque::new(),
             delayed: Vec::new(),
             urgent: HashSet::new(),
             hints: VecDeque::new(),
             cursor: 0,
-            doubtful: Vec::new(),
+            doubtful: known.doubtful,
             events: Vec::new(),
+            journal: known.journal,
         };
-        let (token, state) = (Mutex::new(()), Mutex::new(state));
+        let state = Mutex::new(state);
         Ok(Self {
             id,
             pid,
             uffd,
             stop: StopSignal::new()?,
-            token,
+            turn: Turn::default(),
             state,
         })
     }
@@ -176,8 +206,12 @@ impl Task {
 
     /// Reads what waits on the userfaultfd and applies it. Returns children that were forked, and whether anything came.
     pub(crate) fn read_events(&self) -> (Vec<Child>, bool) {
-        let mut state = self.lock();
+        let mut guard = self.lock();
+        let state = &mut *guard;
         let mut events = std::mem::take(&mut state.events);
+        if let Some(journal) = &state.journal {
+            journal.reading();
+        }
         if let Err(error) = self.uffd.read_events(&mut events) {
             state.fail(TaskFailure::Events {
                 errno: error.raw_os_error().unwrap_or(libc::EIO),
@@ -186,14 +220,16 @@ impl Task {
         let any = !events.is_empty();
         let now = Instant::now();
         let mut children = Vec::new();
+        let mut changes = Vec::new();
         for event in events.drain(..) {
-            match event {
+            let change = match event {
                 Event::Fault { address, flags, .. } if flags.0 & (FaultFlags::WP | FaultFlags::MINOR).0 != 0 => {
                     // Nobody asked for these here; let the thread go rather than hang it.
                     tracing::warn!(pid = self.pid, address, ?flags, "unexpected kind of page fault");
                     let page = address & !(PAGE - 1);
                     let _ = self.uffd.write_protect(page, PAGE, false);
                     let _ = self.uffd.wake(page, PAGE);
+                    continue;
                 }
                 Event::Fault { address, .. } => {
                     state.ready.push_back(Fault {
@@ -201,22 +237,37 @@ impl Task {
                         since: now,
                         attempt: 0,
                     });
+                    continue;
                 }
-                Event::Fork { child } => children.push(Child {
-                    uffd: child.into(),
-                    map: state.map.fork(),
-                }),
-                Event::Remap { from, to, len } => state.map.remap(from, to, len),
-                Event::Remove { start, end } => state.map.remove(start, end),
-                Event::Unmap { start, end } => {
-                    let doubtful = state.map.unmapped(start, end);
-                    state.doubtful.extend(doubtful);
+                Event::Fork { child } => {
+                    let journal = state.journal.as_ref().map(|journal| journal.child());
+                    let number = journal.as_ref().map_or(0, |&(number, _)| number);
+                    children.push(Child {
+                        uffd: child.into(),
+                        map: state.map.fork(),
+                        journal,
+                    });
+                    Change::Fork { child: number }
                 }
-                Event::Other(kind) => tracing::warn!(pid = self.pid, kind, "unknown userfaultfd event"),
-            }
+                Event::Remap { from, to, len } => Change::Remap { from, to, len },
+                Event::Remove { start, end } => Change::Remove { start, end },
+                Event::Unmap { start, end } => Change::Unmapped { start, end },
+                Event::Other(kind) => {
+                    tracing::warn!(pid = self.pid, kind, "unknown userfaultfd event");
+                    continue;
+                }
+            };
+            apply(&mut state.map, &mut state.doubtful, change);
+            changes.push(change);
+        }
+        if let Some(journal) = &state.journal {
+            journal.changed(&changes);
         }
         state.events = events;
-        self.finish_if_done(&mut state);
+        self.finish_if_done(state);
+        if !state.live() {
+            self.let_go(state);
+        }
         (children, any)
     }
 
@@ -232,18 +283,19 @@ impl Task {
         if self.uffd.changing() {
             return false;
         }
-        state.map.promote();
+        if state.map.unsettled() {
+            state.change(Change::Promoted);
+        }
         while let Some(&(start, end)) = state.doubtful.last() {
             match self.uffd.is_registered(start, PAGE) {
-                Ok(true) => {}
-                Ok(false) => state.map.unmap(start, end),
+                Ok(true) => state.change(Change::Kept { start, end }),
+                Ok(false) => state.change(Change::Unmap { start, end }),
                 Err(Stop::Gone) => {
                     self.end(state, TaskStatus::Gone);
                     return false;
                 }
                 Err(_) => return false,
             }
-            state.doubtful.pop();
         }
         true
     }
@@ -355,7 +407,8 @@ impl Task {
                         return Err(Placed::Again);
                     }
                     // No event tells of it, so this page never was ours: a child did not inherit it.
-                    state.map.unmap(at, at + PAGE);
+                    let (start, end) = (at, at + PAGE);
+                    state.change(Change::Unmap { start, end });
                     let _ = self.uffd.wake(at, PAGE);
                     done += PAGE;
                 }
@@ -386,18 +439,17 @@ impl Task {
         if !state.live() || waiting > 0 || stuck {
             return;
         }
-        for (start, end) in state.map.spans() {
-            let mut at = start;
-            while at < end {
-                let next = end.min(at + UNREGISTER_BYTES);
-                // A range that is no longer mapped is no matter, and closing the descriptor unregisters what is left.
-                if let Err(error) = self.uffd.unregister(at, next - at) {
-                    tracing::debug!(pid = self.pid, start = at, %error, "cannot unregister");
-                }
-                at = next;
-            }
-        }
+        state.change(Change::Complete);
         self.end(state, TaskStatus::Complete);
+        self.let_go(state);
+    }
+
+    /// Lets those look again who wait for pages of a task that is not served any more.
+    fn let_go(&self, state: &mut State) {
+        let delayed = state.delayed.drain(..).map(|(_, fault)| fault);
+        for fault in state.ready.drain(..).chain(delayed) {
+            let _ = self.uffd.wake(fault.address & !(PAGE - 1), PAGE);
+        }
     }
 
     /// Looks whether the address space still exists; it may end without anybody filling a page.

@@ -17,7 +17,9 @@ use whimbrel_images::page::{MemoryObject, PAGE_SIZE, PageRun, PageSink, PageSour
 use whimbrel_page_server::{
     proto::{Role, SessionId},
     server::{Config, PageServer, PushFactory, PushHandler, PushInfo},
-    transport::{Endpoint, Error, FaultClient, FaultLink, FaultServer, ReceiveStats, Runtime, SessionRequest},
+    transport::{
+        DirectRuntime, Endpoint, Error, FaultClient, FaultLink, FaultServer, ReceiveStats, Runtime, SessionRequest,
+    },
 };
 
 const PAGES: u64 = 3000;
@@ -260,7 +262,8 @@ fn the_page_server_takes_and_gives_pages_and_ends_when_told() {
 
     let bad = runtime.block_on(dial().open(request(Role::Push))).unwrap();
     bad.send_blob_blocking("../etc/passwd", vec![1]).unwrap();
-    assert!(bad.close_blocking().unwrap_err().to_string().contains("gave up"));
+    let told = bad.close_blocking().unwrap_err().to_string();
+    assert!(told.contains("gave up"), "{told}");
 
     let pull = runtime.block_on(dial().open_faults(request(Role::Pull))).unwrap();
     let client = runtime.block_on(async { FaultClient::new(pull).unwrap() });
@@ -277,4 +280,64 @@ fn the_page_server_takes_and_gives_pages_and_ends_when_told() {
     drop(stop);
     runtime.block_on(running).unwrap().unwrap();
     assert_eq!(*store.finished.lock().unwrap(), [true, false]);
+}
+
+#[test]
+fn what_one_peer_sends_has_a_socket_and_a_runtime_of_its_own_on_the_same_port() {
+    let runtime = Runtime::new(2).unwrap();
+    let direct = DirectRuntime::new(|| ()).unwrap();
+    let (source_side, first) = runtime.block_on(async { pair(options(), options()) });
+    let faults = runtime.block_on(async { source_side.another() }).unwrap();
+    let port = faults.local_address().unwrap().port();
+    let peer = std::net::SocketAddr::from(([127, 0, 0, 1], port));
+    let own = direct.block_on(async { first.for_peer(peer) }).unwrap();
+    let address = first.local_address().unwrap();
+    assert_eq!(own.local_address().unwrap(), address);
+    assert!(
+        std::net::UdpSocket::bind(address).is_err(),
+        "the port is still taken for everybody else"
+    );
+
+    // Both at once: each arrives where it belongs.
+    let session_id = SessionId::random();
+    let request = SessionRequest {
+        role: Role::Faults { initiator_serves: true },
+        session_id,
+    };
+    let memory = source();
+    for endpoint in [&faults, &source_side] {
+        let (endpoint, memory) = (endpoint.clone(), memory.clone());
+        runtime.handle().spawn(async move {
+            let link = endpoint
+                .connect(address)
+                .await
+                .unwrap()
+                .open_faults(request)
+                .await
+                .unwrap();
+            FaultServer::new(memory, None).reading_at_once().serve(link).await
+        });
+    }
+    let accept =
+        |endpoint: Endpoint| async move { endpoint.accept().await.unwrap().unwrap().accept_faults().await.unwrap() };
+    let urgent = direct.block_on(accept(own.clone()));
+    let bulk = runtime.block_on(accept(first.clone()));
+    assert_eq!(urgent.peer().address, peer);
+    assert_eq!(bulk.peer().address.port(), source_side.local_address().unwrap().port());
+
+    let client = FaultClient::direct(urgent, &direct).unwrap();
+    // Several threads at once, each of which may drive for all of them.
+    thread::scope(|scope| {
+        for part in 0..3 {
+            let client = &client;
+            scope.spawn(move || {
+                for number in 0..200 {
+                    let first = part * 200 + number;
+                    let reply = client.request_blocking(OBJECT, run(first, 1), true).unwrap();
+                    assert_reply(first, &reply.states, &reply.data);
+                }
+            });
+        }
+    });
+    client.close();
 }

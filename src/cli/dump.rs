@@ -1,5 +1,6 @@
 //! `dump`: takes a tree apart into an image set.
 
+use std::collections::HashMap;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -7,11 +8,13 @@ use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 
-use whimbrel::dump::{self, Afterwards, Prepared, memory::Amount, runs::RunSet};
+use whimbrel::dump::track::chain::{Before, Chain};
+use whimbrel::dump::{self, Afterwards, Prepared, ahead::Ahead, memory::Amount, runs::RunSet};
 use whimbrel::error::{Context as _, Error, Result};
 use whimbrel::kernel::nft::NetworkLock;
-use whimbrel_images::chain::PageStore;
+use whimbrel_images::chain::{Location, PageStore, ResolvedRun};
 use whimbrel_images::page::{MemoryObject, PageSink};
+use whimbrel_images::proto::TrackEntry;
 use whimbrel_images::sink::DirPageSink;
 use whimbrel_images::store::{DirStore, ImageStore};
 
@@ -44,7 +47,8 @@ pub struct Dump {
     /// The root of the tree.
     #[arg(short = 't', long = "tree", value_name = "PID", value_parser = clap::value_parser!(i32).range(1..))]
     tree: i32,
-    /// Leave the tree running. What it does from then on to files and connections the images do not know.
+    /// Leave the tree running. What it does from then on to files and connections the images do not know. Much memory is
+    /// stored before the tree is frozen, and in the freeze only what it wrote meanwhile (Linux 6.7).
     #[arg(short = 'R', long)]
     leave_running: bool,
     /// Leave the tree stopped, as by SIGSTOP.
@@ -82,8 +86,9 @@ pub struct Dump {
 /// Where memory goes: dump and pre-dump have these.
 #[derive(Args, Clone, Debug)]
 pub struct MemoryOptions {
-    /// Prepare for a later incremental dump. Here that needs no tracker: pages are compared with those of
-    /// --prev-images-dir.
+    /// Prepare for a later incremental dump of the same tree: where the kernel has soft-dirty bits, they are cleared, so
+    /// that it stores only what was written since. Without them pages are compared with those of --prev-images-dir. A
+    /// pre-dump always does this.
     #[arg(long)]
     pub track_mem: bool,
     /// Store only pages that differ from those of the previous dump in DIR (relative to the images directory).
@@ -131,9 +136,6 @@ impl MemoryOptions {
         if self.auto_dedup && self.prev_images_dir.is_none() {
             return wrong("--auto-dedup needs previous images: use --prev-images-dir DIR");
         }
-        if self.track_mem {
-            tracing::info!("Changed memory is found by comparing with the images of --prev-images-dir");
-        }
         Ok(())
     }
 }
@@ -143,7 +145,7 @@ pub enum Target {
     /// Into the image set.
     Images(DirPageSink),
     /// Into the image set, what its parent does not have.
-    Changes(Box<ComparingSink>),
+    Changes(Box<ComparingSink>, Arc<PageStore>),
     /// To a page server.
     Server(Box<RemotePages>),
 }
@@ -165,7 +167,53 @@ impl Target {
             return Ok(Target::Images(sink));
         };
         let parent = PageStore::new(staging.set_parent(previous)?).context("read the previous images")?;
-        Ok(Target::Changes(Box::new(ComparingSink::new(sink, Arc::new(parent)))))
+        let parent = Arc::new(parent);
+        let sink = Box::new(ComparingSink::new(sink, parent.clone()));
+        Ok(Target::Changes(sink, parent))
+    }
+
+    /// The dump's place in a chain: what the dump before has left, and whether to leave something for the next (`track`).
+    ///
+    /// # Errors
+    /// When the page server does not answer.
+    pub fn chain(&self, track: bool) -> Result<Chain> {
+        let before = match self {
+            Target::Images(_) => HashMap::new(),
+            Target::Changes(_, parent) => {
+                let stored = |run: &&ResolvedRun| run.location != Location::Missing;
+                let before = |(object, track): (MemoryObject, &TrackEntry)| {
+                    let runs = parent.runs(object).unwrap_or_default();
+                    let runs: Vec<_> = runs.iter().filter(stored).map(|run| run.run).collect();
+                    let known = Some(RunSet::from_runs(&runs));
+                    let track = track.clone();
+                    (object, Before { track, known })
+                };
+                parent.tracks().map(before).collect()
+            }
+            Target::Server(remote) => {
+                let tracks = remote.marks()?.into_tracks();
+                let before = |(object, track)| (object, Before { track, known: None });
+                tracks.map(before).collect()
+            }
+        };
+        Ok(Chain::new(before, track))
+    }
+
+    /// Notes what was left for the next dump.
+    ///
+    /// # Errors
+    /// When it cannot be noted.
+    pub fn note(&mut self, chain: &Chain) -> Result<()> {
+        chain.report();
+        let sink = match self {
+            Target::Images(sink) => sink,
+            Target::Changes(sink, _) => sink.inner(),
+            Target::Server(_) if chain.left.is_empty() => return Ok(()),
+            Target::Server(remote) => return remote.leave_marks(&chain.left),
+        };
+        let mut left = chain.left.iter();
+        left.try_for_each(|(object, track)| sink.set_track(*object, track.clone()))
+            .context("store memory")
     }
 
     /// Sees to it that an object has a pagemap even if it has no pages.
@@ -175,7 +223,7 @@ impl Target {
     pub fn begin(&mut self, object: MemoryObject) -> Result<()> {
         match self {
             Target::Images(sink) => sink.begin(object).context("store memory"),
-            Target::Changes(sink) => sink.inner().begin(object).context("store memory"),
+            Target::Changes(sink, _) => sink.inner().begin(object).context("store memory"),
             Target::Server(_) => Ok(()),
         }
     }
@@ -196,7 +244,7 @@ impl Target {
                 }
                 Ok(later.to_vec())
             }
-            Target::Changes(sink) => {
+            Target::Changes(sink, _) => {
                 for (pid, set) in later {
                     sink.leave(MemoryObject::Task(*pid), set.clone());
                 }
@@ -208,7 +256,7 @@ impl Target {
 
     /// Of the pages that can be asked for, those that no image has.
     pub fn left(&self, later: Vec<(u32, RunSet)>) -> Vec<(u32, RunSet)> {
-        let Target::Changes(sink) = self else { return later };
+        let Target::Changes(sink, _) = self else { return later };
         let left = |(pid, _): (u32, RunSet)| {
             let runs = sink.left.get(&MemoryObject::Task(pid));
             (pid, RunSet::from_runs(runs.map_or(&[], Vec::as_slice)))
@@ -220,7 +268,7 @@ impl Target {
     pub fn sink(&mut self) -> &mut dyn PageSink {
         match self {
             Target::Images(sink) => sink,
-            Target::Changes(sink) => sink.as_mut(),
+            Target::Changes(sink, _) => sink.as_mut(),
             Target::Server(remote) => remote.sink(),
         }
     }
@@ -232,7 +280,7 @@ impl Target {
     pub fn finish(self, amount: &mut Amount) -> Result<()> {
         match self {
             Target::Images(sink) => sink.finish().map(drop).context("store memory"),
-            Target::Changes(sink) => {
+            Target::Changes(sink, _) => {
                 amount.pages_in_parent += sink.in_parent;
                 let left: u64 = sink.left.values().flatten().map(|run| run.pages).sum();
                 amount.pages_written = amount.pages_written.saturating_sub(sink.in_parent + left);
@@ -266,6 +314,8 @@ impl Run for Dump {
         workspace.open_work()?;
         dump::check_root(self.tree)?;
         let mut target = Target::new(&self.memory, &staging, context)?;
+        // Nothing follows a tree that is killed.
+        let mut chain = target.chain(self.memory.track_mem && self.afterwards() != Afterwards::Kill)?;
         if capabilities.any() {
             cpuinfo::write(&*staging.store())?;
         }
@@ -275,10 +325,17 @@ impl Run for Dump {
         tracing::info!("Dumping the tree of {}", self.tree);
         let options = self.options();
         let store = staging.store();
-        let prepared = Prepared::look(self.tree)?;
-        let mut frozen = within(Duration::from_secs(self.timeout), &cancel, || {
-            dump::freeze(self.tree, prepared, &options)
-        })?;
+        let mut prepared = Prepared::look(self.tree)?;
+        let limit = Duration::from_secs(self.timeout);
+        let mut ahead = match self.stores_ahead(&target) {
+            true => within(limit, &cancel, || Ahead::watch(&prepared)),
+            false => None,
+        };
+        if let Some(ahead) = &mut ahead {
+            ahead.store(target.sink(), &|| Ok(()))?;
+            prepared = Prepared::look_tracked(self.tree)?;
+        }
+        let mut frozen = within(limit, &cancel, || dump::freeze(self.tree, prepared, &options))?;
         tracing::info!("{} tasks are frozen", frozen.tree.tasks.len());
         frozen.check(&*store, &options)?;
         let mut lock = self.lock_network(&frozen, &scripts)?;
@@ -291,7 +348,23 @@ impl Run for Dump {
             false => Vec::new(),
         };
         let stored = target.leave(&later)?;
-        let mut amount = frozen.memory_but(&stored, target.sink())?;
+        let mut amount = match &mut ahead {
+            Some(ahead) => frozen.memory_after(ahead, target.sink())?,
+            None => {
+                let selections = frozen.select(&mut chain)?;
+                frozen.memory_but(selections, &stored, target.sink())?
+            }
+        };
+        target.note(&chain)?;
+        if ahead.is_some() && scripts.is_empty() {
+            frozen.describe(&*store, files, lock.run_id.take())?;
+            drop(store);
+            let times = frozen.end(Afterwards::Resume)?;
+            drop(lock);
+            // Only now: to end the watch takes as long as the memory is large.
+            drop(ahead);
+            return self.finish_running(context, &workspace, &cancel, (staging, target), (times, amount), &chain);
+        }
         let later = target.left(later);
         target.finish(&mut amount)?;
         amount.pages_lazy = later.iter().map(|(_, set)| set.pages()).sum();
@@ -344,6 +417,46 @@ impl Run for Dump {
         if let Err(error) = after() {
             tracing::warn!("{}", error.chain());
         }
+        self.tell(context, &workspace, &times, &amount, &chain);
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+impl Dump {
+    /// Whether memory goes into the images while the tree still runs: it must be the images that a round can correct, and
+    /// nobody else who watches the memory.
+    fn stores_ahead(&self, target: &Target) -> bool {
+        self.leave_running && !self.lazy_pages && !self.memory.track_mem && matches!(target, Target::Images(_))
+    }
+
+    /// Ends a dump whose tree runs again already. Its images are put in order meanwhile.
+    fn finish_running(
+        &self,
+        context: &Context,
+        workspace: &Workspace,
+        cancel: &Cancel,
+        (mut staging, target): (Staging, Target),
+        (times, mut amount): (dump::Times, Amount),
+        chain: &Chain,
+    ) -> Result<ExitCode> {
+        target.finish(&mut amount)?;
+        cancel.disarm();
+        staging.commit()?;
+        staging.keep();
+        let after = || -> Result<()> {
+            write_pidfile(&self.common, self.tree)?;
+            stats::save(&stats::of_dump(&times, &amount), workspace, self.hooks.display_stats)?;
+            signal_ready(self.hooks.status_fd)
+        };
+        // The dump is whole: what fails now must not look like a failed dump.
+        if let Err(error) = after() {
+            tracing::warn!("{}", error.chain());
+        }
+        self.tell(context, workspace, &times, &amount, chain);
+        Ok(ExitCode::SUCCESS)
+    }
+
+    fn tell(&self, context: &Context, workspace: &Workspace, times: &dump::Times, amount: &Amount, chain: &Chain) {
         tracing::info!("Dumping finished successfully");
         context.event(&serde_json::json!({
             "event": "dumped",
@@ -351,20 +464,20 @@ impl Run for Dump {
             "images": workspace.absolute_images(),
             "pages_written": amount.pages_written,
             "pages_in_parent": amount.pages_in_parent,
+            "tasks_tracked": chain.told.0,
             "pages_lazy": amount.pages_lazy,
             "frozen_us": times.frozen.as_micros() as u64,
         }));
-        Ok(ExitCode::SUCCESS)
     }
-}
 
-impl Dump {
     fn options(&self) -> dump::Options {
         dump::Options {
             shell_job: self.resources.shell_job,
             tcp_established: self.resources.tcp_established,
             file_locks: self.resources.file_locks,
             ext_unix_sk: self.resources.ext_unix_sk,
+            skip_in_flight: self.resources.skip_in_flight,
+            tcp_close: self.resources.tcp_close,
             ghost_limit: self.ghost_limit,
         }
     }
@@ -401,7 +514,7 @@ impl Locked {
         let table = table_of(run_id);
         let mut lasting = NetworkLock::lasting_in_current_netns(table.clone()).context("keep the network locked")?;
         lasting
-            .lock(&frozen.collected.connections()?)
+            .lock(&frozen.collected.endpoints()?.tcp())
             .context("keep the network locked")?;
         tracing::info!("Connections stay locked by nftables table inet {table} until they are restored");
         Ok(())
@@ -410,8 +523,8 @@ impl Locked {
 
 impl Dump {
     fn lock_network(&self, frozen: &dump::FrozenTree, scripts: &Scripts) -> Result<Locked> {
-        let connections = frozen.collected.connections()?;
-        if connections.is_empty() || !self.resources.tcp_established {
+        let connections = frozen.collected.endpoints()?.tcp();
+        if connections.is_empty() || !self.resources.tcp_established || self.resources.tcp_close {
             return Ok(Locked::default());
         }
         scripts.run(Stage::NetworkLock, Some(self.tree))?;
@@ -451,7 +564,8 @@ pub fn within<T>(limit: Duration, cancel: &Cancel, work: impl FnOnce() -> T) -> 
     use std::sync::mpsc::RecvTimeoutError;
     let (done, waiting) = std::sync::mpsc::channel::<()>();
     let cancel = cancel.clone();
-    let watch = std::thread::spawn(move || {
+    // Nobody waits for its end: that would be a turn of the processor more, which on a busy machine takes long.
+    std::thread::spawn(move || {
         if !limit.is_zero() && waiting.recv_timeout(limit) == Err(RecvTimeoutError::Timeout) {
             cancel.fail(&format!(
                 "the tree could not be frozen within {} s; use --timeout",
@@ -461,7 +575,6 @@ pub fn within<T>(limit: Duration, cancel: &Cancel, work: impl FnOnce() -> T) -> 
     });
     let result = work();
     drop(done);
-    let _ = watch.join();
     result
 }
 

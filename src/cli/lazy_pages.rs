@@ -86,6 +86,7 @@ impl Run for LazyPages {
         }
         let tasks = listener.take()?;
         drop(listener);
+        let tasks: Vec<_> = tasks.into_iter().map(|task| task.served(None)).collect::<Result<_>>()?;
         tracing::info!("Serving the memory of {} tasks", tasks.len());
 
         let (urgent, bulk): (Arc<dyn PageSource>, Arc<dyn PageSource>) = match &remote {
@@ -101,7 +102,7 @@ impl Run for LazyPages {
                 (over(Arc::new(Urgent(client.clone()))), over(Arc::new(client)))
             }
         };
-        let mut serving = Serving::start(tasks, urgent, bulk)?;
+        let mut serving = Serving::start(tasks, urgent, bulk, None)?;
         let progress = loop {
             match serving.wait(Duration::from_millis(200)) {
                 Ok(Some(progress)) => break progress,

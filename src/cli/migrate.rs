@@ -210,6 +210,8 @@ impl Run for Migrate {
             dump: whimbrel::dump::Options {
                 shell_job: true,
                 tcp_established: true,
+                // They have a moment before the freeze; see the source's network.
+                skip_in_flight: true,
                 file_locks: self.file_locks,
                 ..whimbrel::dump::Options::default()
             },
@@ -223,13 +225,19 @@ impl Run for Migrate {
             json: context.json,
             cancelled,
         };
-        match source::run(&runtime, &endpoint, &options, &progress)? {
+        let outcome = source::run(&runtime, &endpoint, &options, &progress);
+        // What we say last must be out before we end: a destination that only misses us waits for half a minute.
+        runtime.block_on(async {
+            tokio::time::timeout(Duration::from_secs(1), endpoint.close())
+                .await
+                .ok()
+        });
+        match outcome? {
             Outcome::Moved(report) => {
                 context.event(&done(&report));
                 if !context.json {
                     eprintln!("{}", report.summary());
                 }
-                runtime.block_on(endpoint.close());
                 Ok(ExitCode::SUCCESS)
             }
             Outcome::Looked(blockers) => {

@@ -21,6 +21,7 @@ mod lazy_pages;
 mod lazy_server;
 mod log;
 mod man;
+mod marks;
 mod migrate;
 mod options;
 mod page_server;

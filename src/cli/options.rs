@@ -72,13 +72,21 @@ pub struct Resources {
     /// Carry established TCP connections.
     #[arg(long)]
     pub tcp_established: bool,
+    /// Established TCP connections end: at `dump`, they are stored as closed; at `restore`, they come back closed.
+    #[arg(long)]
+    pub tcp_close: bool,
+    /// Connections that a listening socket has not accepted yet are lost: their clients must connect again. (A word for
+    /// `dump`, which refuses them without it.)
+    #[arg(long)]
+    pub skip_in_flight: bool,
     /// The program belongs to a shell: its session and terminal are those of whoever restores it.
     #[arg(short = 'j', long)]
     pub shell_job: bool,
-    /// Carry file locks. Safe only where no process outside of the tree uses them.
+    /// Carry file locks. Safe only where no process outside of the tree uses them. (A word for `dump`: what the images
+    /// hold is restored.)
     #[arg(short = 'l', long)]
     pub file_locks: bool,
-    /// Unix sockets may have peers outside of the tree.
+    /// Unix sockets may have peers outside of the tree. (A word for `dump`.)
     #[arg(short = 'x', long)]
     pub ext_unix_sk: bool,
 }

@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use clap::Args;
 
+use prost::Message as _;
 use whimbrel::error::{Context as _, Error, Result};
 use whimbrel_images::chain::PageStore;
 use whimbrel_images::page::{MemoryObject, PageRun, PageSink};
@@ -18,6 +19,7 @@ use whimbrel_page_server::transport::{self, Endpoint, Options, ReceiveStats, Run
 
 use super::compare::ComparingSink;
 use super::dump::is_whole;
+use super::marks::Marks;
 use super::options::Common;
 use super::remote_pages::{DEFAULT_PORT, TlsOptions};
 use super::staging::Staging;
@@ -44,7 +46,8 @@ pub struct PageServer {
     /// Port to listen on (UDP).
     #[arg(long, value_name = "PORT", default_value_t = DEFAULT_PORT)]
     port: u16,
-    /// Store only pages that differ from those of the previous dump in DIR (relative to the images directory).
+    /// Store only pages that differ from those of the previous dump in DIR (relative to the images directory). A dump
+    /// that can tell which were written since sends only those.
     #[arg(long, value_name = "DIR")]
     prev_images_dir: Option<PathBuf>,
     /// Write a zero byte to descriptor FD, and close it, when the server is ready.
@@ -219,6 +222,8 @@ impl PushFactory for Factory {
         let sink = SharedSink(Arc::new(Mutex::new(Some(stored))));
         let handler = Handler {
             sink: sink.clone(),
+            parent: self.parent.clone(),
+            marks: Marks::default(),
             received: self.received.clone(),
         };
         Ok((Box::new(sink), Box::new(handler)))
@@ -255,12 +260,20 @@ impl PageSink for SharedSink {
     }
 
     fn parent_pages(&mut self, object: MemoryObject, run: PageRun) -> io::Result<()> {
-        self.with(|sink| sink.parent_pages(object, run))
+        match self.0.lock().unwrap_or_else(PoisonError::into_inner).as_mut() {
+            Some(Stored::Changes(sink)) => sink.parent_pages(object, run),
+            Some(Stored::Plain(_)) => Err(io::Error::other(
+                "this page server has no previous images that the dump could leave pages out for: use --prev-images-dir",
+            )),
+            None => Err(io::Error::other("the dump has ended")),
+        }
     }
 }
 
 struct Handler {
     sink: SharedSink,
+    parent: Option<Arc<PageStore>>,
+    marks: Marks,
     received: Arc<Mutex<Option<ReceiveStats>>>,
 }
 
@@ -269,6 +282,16 @@ impl PushHandler for Handler {
         Err(io::Error::other(format!(
             "a page server takes pages only, not {name:?}"
         )))
+    }
+
+    fn message(&mut self, body: bytes::Bytes) -> io::Result<Option<Vec<u8>>> {
+        let message = Marks::read(&body)?;
+        if !message.ask {
+            self.marks = message;
+            return Ok(None);
+        }
+        let known = self.parent.iter().flat_map(|parent| parent.tracks());
+        Ok(Some(Marks::tell(known).encode_to_vec()))
     }
 
     fn finished(
@@ -281,11 +304,15 @@ impl PushHandler for Handler {
         if result.is_err() {
             return Ok(());
         }
-        match stored {
-            Some(Stored::Plain(sink)) => drop(sink.finish()?),
-            Some(Stored::Changes(sink)) => drop(sink.into_inner().finish()?),
+        let mut sink = match stored {
+            Some(Stored::Plain(sink)) => sink,
+            Some(Stored::Changes(sink)) => sink.into_inner(),
             None => return Err(io::Error::other("the dump has ended")),
+        };
+        for (object, track) in self.marks.into_tracks() {
+            sink.set_track(object, track)?;
         }
+        sink.finish()?;
         *self.received.lock().unwrap_or_else(PoisonError::into_inner) = Some(stats);
         Ok(())
     }

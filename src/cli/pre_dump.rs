@@ -19,8 +19,8 @@ use super::{Context, Logging, Run, stats};
 
 /// Save the memory of a tree while it goes on, so that the dump that follows has less to do.
 ///
-/// The dump that follows stores only what differs: give it this directory as --prev-images-dir. Nothing is restored from
-/// a pre-dump alone.
+/// The dump that follows stores only what differs: give it this directory as --prev-images-dir. Where the kernel has
+/// soft-dirty bits it reads only what was written since; otherwise it compares. Nothing is restored from a pre-dump alone.
 ///
 /// Example:
 ///   whimbrel pre-dump -t 1234 -D one
@@ -68,6 +68,7 @@ impl Run for PreDump {
         workspace.open_work()?;
         dump::check_root(self.tree)?;
         let mut target = Target::new(&self.memory, &staging, context)?;
+        let mut chain = target.chain(true)?;
         let cancel = Cancel::arm(FAILED, staging.clean_up())?;
         scripts.run(Stage::PreDump, Some(self.tree))?;
 
@@ -85,7 +86,9 @@ impl Run for PreDump {
         for task in &frozen.collected.memory {
             target.begin(task.object)?;
         }
-        let (mut amount, times) = frozen.memory_running(target.sink())?;
+        let selections = frozen.select(&mut chain)?;
+        let (mut amount, times) = frozen.memory_running(selections, target.sink())?;
+        target.note(&chain)?;
         target.finish(&mut amount)?;
         cancel.disarm();
         staging.commit()?;
@@ -104,6 +107,7 @@ impl Run for PreDump {
             "images": workspace.absolute_images(),
             "pages_written": amount.pages_written,
             "pages_in_parent": amount.pages_in_parent,
+            "tasks_tracked": chain.told.0,
             "frozen_us": times.frozen.as_micros() as u64,
             "took_us": started.elapsed().as_micros() as u64,
         }));

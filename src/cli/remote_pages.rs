@@ -5,14 +5,17 @@ use std::path::PathBuf;
 
 use clap::Args;
 
+use prost::Message as _;
 use whimbrel::error::{Context, Error, Result};
-use whimbrel_images::page::PageSink;
+use whimbrel_images::page::{MemoryObject, PageSink};
+use whimbrel_images::proto::TrackEntry;
 use whimbrel_page_server::proto::{Role, SessionId};
 use whimbrel_page_server::transport::{
     Credentials, Endpoint, Options, PageSender, Runtime, Session, SessionRequest, TlsFiles,
 };
 
 use super::identity::Home;
+use super::marks::Marks;
 
 /// The port of a page server when none is given.
 pub const DEFAULT_PORT: u16 = 8417;
@@ -155,6 +158,31 @@ impl RemotePages {
             endpoint,
             runtime,
         })
+    }
+
+    /// What the dump before has left in its tasks, as the server's images say.
+    ///
+    /// # Errors
+    /// When the server does not answer.
+    pub fn marks(&self) -> Result<Marks> {
+        let failed = || Error::new("ask the page server for the previous images");
+        self.session
+            .send_message_blocking(Marks::question().encode_to_vec())
+            .with(failed)?;
+        let answer = self.session.recv_message_blocking().with(failed)?;
+        let answer = answer.ok_or_else(|| failed().because("it has ended the session"))?;
+        Marks::read(&answer).with(failed)
+    }
+
+    /// Tells the server what this dump has left in its tasks.
+    ///
+    /// # Errors
+    /// When it cannot be sent.
+    pub fn leave_marks(&self, left: &[(MemoryObject, TrackEntry)]) -> Result<()> {
+        let marks = Marks::tell(left.iter().map(|(object, track)| (*object, track)));
+        self.session
+            .send_message_blocking(marks.encode_to_vec())
+            .context("tell the page server about the next dump")
     }
 
     /// Where pages go.

@@ -81,12 +81,7 @@ impl Run for Restore {
 
     fn run(self, context: &Context) -> Result<ExitCode> {
         let started = Instant::now();
-        let filesize = self.file_validation == "filesize";
-        self.unbuilt.and(&[(
-            filesize,
-            "file-validation filesize",
-            "is not built yet: sizes and build ids are compared",
-        )])?;
+        self.unbuilt.and(&[])?;
         let capabilities = cpuinfo::Capabilities::parse(&self.cpu_cap)?;
         close_descriptors(&self.common)?;
         let workspace = self.common.workspace();
@@ -186,8 +181,11 @@ impl Restore {
         restore::Options {
             shell_job: self.resources.shell_job,
             tcp_established: self.resources.tcp_established,
+            tcp_close: self.resources.tcp_close,
             sibling: self.restore_sibling,
             leave_stopped: self.leave_stopped,
+            skip_build_ids: self.file_validation == "filesize",
+            skip_file_modes: self.skip_file_rwx_check,
             ..restore::Options::default()
         }
     }
@@ -211,10 +209,10 @@ impl Restore {
     fn check_connections(&self, store: &DirStore) -> Result<bool> {
         let names = store.list().context("list the images")?;
         let connected = names.iter().any(|name| name.starts_with("tcp-stream-"));
-        if connected && !self.resources.tcp_established {
+        if connected && !self.resources.tcp_established && !self.resources.tcp_close {
             return Err(Error::new("restore TCP connections")
                 .because("the images hold connections")
-                .hint("use --tcp-established"));
+                .hint("use --tcp-established, or --tcp-close to have them end"));
         }
         Ok(connected)
     }

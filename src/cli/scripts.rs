@@ -72,6 +72,11 @@ impl Scripts {
         })
     }
 
+    /// Is there none?
+    pub fn is_empty(&self) -> bool {
+        self.files.is_empty()
+    }
+
     /// Runs all scripts for a stage; `root` is the pid of the root task where there is one.
     ///
     /// # Errors

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use clap::Args;
 
 use whimbrel::error::{Context as _, Result};
-use whimbrel::migrate::{destination, journal::Arrivals, server};
+use whimbrel::migrate::{arrivals::Arrivals, destination, server};
 use whimbrel_page_server::transport::{Endpoint, Options, Runtime};
 
 use super::{Context, Run};

@@ -14,7 +14,7 @@ const ONE_LOG: &str = "is refused: one process drives all tasks here and writes 
 const CGROUPS: &str = "is not built yet: tasks stay in the cgroup of this command";
 const MOUNTS: &str = "is not built yet: mount namespaces are not carried";
 const NAMESPACES: &str = "is not built yet: namespaces are not carried";
-const TCP: &str = "is not built yet: only --tcp-established is";
+const TCP: &str = "is not for this verb: dump, pre-dump and restore have it";
 
 const ROWS: &[Row] = &[
     ("log-pid", None, false, ONE_LOG),

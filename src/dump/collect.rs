@@ -6,7 +6,8 @@ use std::os::fd::{AsFd, OwnedFd};
 
 use whimbrel_images::page::MemoryObject;
 use whimbrel_images::proto::{
-    CoreEntry, FdTypes, FdinfoEntry, FileEntry, FsEntry, MmEntry, PstreeEntry, TaskKobjIdsEntry, VmaEntry,
+    CoreEntry, FdTypes, FdinfoEntry, FileEntry, FsEntry, MmEntry, PstreeEntry, SeccompEntry, TaskKobjIdsEntry,
+    ThreadCoreEntry, VmaEntry,
 };
 use whimbrel_images::store::ImageStore;
 
@@ -18,8 +19,9 @@ use crate::remote::inject::{GadgetCache, Home};
 use crate::remote::{Gadgets, Program, StubProcess};
 use crate::resource::fd::{self, FileDump, OpenFile, Shared, memfd, regular};
 use crate::resource::mem::{bounds, mapping, mapping::Backing, shared::Segments};
-use crate::resource::{self, FILE_KINDS, FileKind, TASK_KINDS, ThreadView};
-use crate::tree::{Task, TaskImage, TaskState, Tree, task_state};
+use crate::resource::task::tables::{self, Tables};
+use crate::resource::{self, Endpoints, FILE_KINDS, FileKind, Found, TASK_KINDS, ThreadView};
+use crate::tree::{DeadLeader, Task, TaskImage, TaskState, Tree, task_state};
 
 /// What was looked up before the freeze, by process.
 #[derive(Default)]
@@ -39,8 +41,9 @@ impl Prepared {
         let mut cache = GadgetCache::default();
         let (mut prepared, mut queue) = (Prepared::default(), vec![root]);
         while let Some(pid) = queue.pop() {
-            match look_at(pid, &mut cache) {
-                Ok(found) => drop(prepared.tasks.insert(pid, found)),
+            let speaker = crate::tree::speaker(pid);
+            match look_at(speaker, &mut cache) {
+                Ok(found) => drop(prepared.tasks.insert(speaker, found)),
                 Err(error) if pid == root && !is_zombie(root) => return Err(error),
                 // Anything below may come and go meanwhile.
                 Err(_) => {}
@@ -61,6 +64,11 @@ impl Prepared {
             forget_marks(maps);
         }
         Ok(prepared)
+    }
+
+    /// The tasks that were seen, with their mappings.
+    pub fn tasks(&self) -> impl Iterator<Item = (i32, &[Mapping])> {
+        self.tasks.iter().map(|(&pid, (maps, _))| (pid, maps.as_slice()))
     }
 
     /// Mappings and borrowed instructions of a task, read again where the task changed since.
@@ -129,6 +137,7 @@ pub struct Collected {
     pub memory: Vec<TaskMemory>,
     /// Shared memory segments.
     pub segments: Segments,
+    found: Found,
     open: BTreeMap<u32, OpenFile>,
     paths: BTreeMap<u32, PathFile>,
     descriptors: HashMap<(i32, i32), u32>,
@@ -136,6 +145,8 @@ pub struct Collected {
     by_path: HashMap<(u64, u64, u32), u32>,
     next_id: u32,
     pids: HashMap<i32, i32>,
+    /// Connections are not to go on anywhere: their other ends may know that they are over.
+    closes: bool,
 }
 
 /// Collects a frozen tree.
@@ -145,20 +156,32 @@ pub struct Collected {
 pub fn collect(tree: &mut Tree, mut prepared: Prepared, options: &Options) -> Result<Collected> {
     let mut all = Collected {
         next_id: 1,
+        closes: options.tcp_close,
         pids: tree.tasks.iter().map(|task| (task.pid, task.inner_pid)).collect(),
         ..Collected::default()
     };
+    let dead = tree.tasks.iter().filter_map(|task| {
+        let leader = task.dead_leader.as_ref()?;
+        Some((leader.pid, task.inner_pid))
+    });
+    all.pids.extend(dead);
     let root_session = tree.tasks.first().map_or(0, |task| task.session);
     check_sessions(tree, options, root_session)?;
     let root_pid = tree.tasks.first().map_or(0, |task| task.pid);
+    let mut tables = Tables::default();
+    let mut numbers: HashMap<i32, [u32; 3]> = HashMap::new();
     for index in 0..tree.tasks.len() {
         let task = &mut tree.tasks[index];
         let pid = task.pid;
         let image = match task.state {
             TaskState::Zombie(status) => zombie(task, status),
             _ => {
-                check_sharing(task.pid, root_pid)?;
-                collect_task(task, index as u32 + 1, &mut prepared, &mut all).map_err(|error| error.task(pid))?
+                check_namespaces(task.pid, root_pid)?;
+                let number = index as u32 + 1;
+                let own = tables.numbers(pid, number)?;
+                tables::clone_flags(pid, number, &own, numbers.get(&task.parent))?;
+                numbers.insert(task.inner_pid, own);
+                collect_task(task, own, &mut prepared, &mut all).map_err(|error| error.task(pid))?
             }
         };
         all.tasks.push(image);
@@ -169,6 +192,19 @@ pub fn collect(tree: &mut Tree, mut prepared: Prepared, options: &Options) -> Re
 /// Sessions and groups must be inside of the tree, or there is nobody to make them again.
 fn check_sessions(tree: &Tree, options: &Options, root_session: i32) -> Result<()> {
     let inside = |id: i32| tree.tasks.iter().any(|task| task.inner_pid == id);
+    if let Some(task) = tree
+        .tasks
+        .iter()
+        .find(|task| task.session != root_session && !inside(task.session))
+    {
+        return Err(Error::new("carry a session")
+            .task(task.pid)
+            .because(format!(
+                "the leader of its session, {}, has ended, which is not supported yet",
+                task.session
+            ))
+            .hint("end the task, or let it make a session of its own"));
+    }
     if options.shell_job || inside(root_session) {
         return Ok(());
     }
@@ -179,21 +215,10 @@ fn check_sessions(tree: &Tree, options: &Options, root_session: i32) -> Result<(
         .hint("use --shell-job (-j), or start the program with setsid(1)"))
 }
 
-/// Tables that two processes share, and namespaces of their own, are not carried yet: better refused than lost.
-fn check_sharing(pid: i32, root: i32) -> Result<()> {
+/// Namespaces of their own are not carried yet: better refused than lost.
+fn check_namespaces(pid: i32, root: i32) -> Result<()> {
     if pid == root {
         return Ok(());
-    }
-    for (what, name) in [
-        (Kcmp::Vm, "memory"),
-        (Kcmp::Files, "descriptor table"),
-        (Kcmp::Fs, "working directory"),
-    ] {
-        if sys::kcmp(pid, root, what, 0, 0).is_ok_and(|order| order.is_eq()) {
-            return Err(Error::new("carry a task").task(pid).because(format!(
-                "it shares its {name} with process {root}, which is not supported yet"
-            )));
-        }
     }
     for namespace in ["pid", "net", "mnt", "uts", "ipc", "user", "cgroup", "time"] {
         let of = |pid: i32| std::fs::read_link(format!("/proc/{pid}/ns/{namespace}")).ok();
@@ -220,6 +245,23 @@ fn zombie(task: &Task, status: i32) -> TaskImage {
     }
 }
 
+/// A dead leader as images have it: with the state of the process, that `first`, its first living thread, has told.
+fn dead_leader(leader: &DeadLeader, first: &CoreEntry) -> CoreEntry {
+    let comm = String::from_utf8_lossy(&leader.comm).into_owned();
+    let mut tc = first.tc.clone().unwrap_or_default();
+    (tc.comm, tc.exit_code) = (comm.clone(), leader.status as u32);
+    CoreEntry {
+        mtype: first.mtype,
+        tc: Some(tc),
+        thread_core: Some(ThreadCoreEntry {
+            dead: Some(true),
+            comm: Some(comm),
+            ..ThreadCoreEntry::default()
+        }),
+        ..CoreEntry::default()
+    }
+}
+
 fn pstree_entry(task: &Task, threads: Vec<u32>) -> PstreeEntry {
     PstreeEntry {
         pid: task.inner_pid as u32,
@@ -230,11 +272,21 @@ fn pstree_entry(task: &Task, threads: Vec<u32>) -> PstreeEntry {
     }
 }
 
-fn collect_task(task: &mut Task, number: u32, prepared: &mut Prepared, all: &mut Collected) -> Result<TaskImage> {
+fn collect_task(task: &mut Task, tables: [u32; 3], prepared: &mut Prepared, all: &mut Collected) -> Result<TaskImage> {
     let pid = task.pid;
     let (maps, gadgets) = prepared.take(pid)?;
-    let fds = all.collect_descriptors(pid)?;
-    let (cores, mut mm) = run_programs(task, &maps, gadgets)?;
+    let [vm_id, files_id, fs_id] = tables;
+    let sharer = all.tasks.iter().find(|task| task.ids.files_id == files_id);
+    let fds = match sharer.map(|task| (task.entry.pid, task.fds.clone())) {
+        Some((other, fds)) => {
+            let known = fds.iter().map(|fd| ((pid, fd.fd as i32), fd.id));
+            all.descriptors.extend(known);
+            tracing::debug!(task = pid, "has the descriptors of task {other}");
+            fds
+        }
+        None => all.collect_descriptors(pid)?,
+    };
+    let (mut cores, mut mm) = run_programs(task, &maps, gadgets, &all.found)?;
     let brk = (mm.mm_start_brk, mm.mm_brk);
     let mut memory = TaskMemory {
         pid,
@@ -243,6 +295,7 @@ fn collect_task(task: &mut Task, number: u32, prepared: &mut Prepared, all: &mut
     };
     for map in &maps {
         let (mut vma, backing) = mapping::describe(map, brk)?;
+        mapping::find_guards(pid, map, &mut vma)?;
         all.name_backing(pid, map, &mut vma, backing)?;
         let private = vma.flags & libc::MAP_PRIVATE as u32 != 0;
         let contents = private && vma.status & (mapping::status::VVAR | mapping::status::VSYSCALL) == 0;
@@ -262,10 +315,11 @@ fn collect_task(task: &mut Task, number: u32, prepared: &mut Prepared, all: &mut
         umask,
     };
     let ids = TaskKobjIdsEntry {
-        vm_id: number,
-        files_id: number,
-        fs_id: number,
-        sighand_id: number,
+        vm_id,
+        files_id,
+        fs_id,
+        // Nobody shares actions without memory, and who shares that has been refused.
+        sighand_id: vm_id,
         pid_ns_id: Some(1),
         net_ns_id: Some(2),
         ipc_ns_id: Some(3),
@@ -275,7 +329,11 @@ fn collect_task(task: &mut Task, number: u32, prepared: &mut Prepared, all: &mut
         user_ns_id: Some(7),
         cgroup_ns_id: Some(8),
     };
-    let threads = task.threads.iter().map(|thread| thread.inner_tid as u32).collect();
+    let mut threads: Vec<u32> = task.threads.iter().map(|thread| thread.inner_tid as u32).collect();
+    if let Some(leader) = &task.dead_leader {
+        threads.insert(0, task.inner_pid as u32);
+        cores.insert(0, dead_leader(leader, &cores[0]));
+    }
     Ok(TaskImage {
         entry: pstree_entry(task, threads),
         cores,
@@ -298,7 +356,12 @@ fn merge_data_pages(vmas: &mut Vec<VmaEntry>) {
 }
 
 /// Runs every kind's calls in every thread, in one visit each, and takes the stub out again.
-fn run_programs(task: &mut Task, maps: &[Mapping], gadgets: Gadgets) -> Result<(Vec<CoreEntry>, MmEntry)> {
+fn run_programs(
+    task: &mut Task,
+    maps: &[Mapping],
+    gadgets: Gadgets,
+    found: &Found,
+) -> Result<(Vec<CoreEntry>, MmEntry)> {
     let pid = task.pid;
     let mut views = Vec::new();
     for thread in &task.threads {
@@ -318,14 +381,9 @@ fn run_programs(task: &mut Task, maps: &[Mapping], gadgets: Gadgets) -> Result<(
         } else {
             procfs::status::parse(&read("status")?)?
         };
-        if status.seccomp != 0 {
-            return Err(Error::new("carry seccomp")
-                .task(thread.tid)
-                .because("seccomp modes and filters are not supported yet"));
-        }
         views.push((thread.tid, Home::of(stopped)?, stat, status));
     }
-    let programs = build_programs(pid, &views, &task.threads)?;
+    let programs = build_programs(pid, &views, &task.threads, found)?;
     let take = |thread: &mut crate::tree::Thread| {
         thread
             .stopped
@@ -382,6 +440,7 @@ fn build_programs<'a>(
     pid: i32,
     views: &'a [View],
     threads: &[crate::tree::Thread],
+    found: &Found,
 ) -> Result<Vec<(Program, Vec<resource::Reader<'a>>)>> {
     let mut programs = Vec::new();
     for ((tid, home, stat, status), thread) in views.iter().zip(threads) {
@@ -396,6 +455,7 @@ fn build_programs<'a>(
             home,
             stat,
             status,
+            found,
         };
         let mut program = Program::new();
         let readers = TASK_KINDS
@@ -411,6 +471,11 @@ fn build_programs<'a>(
 }
 
 impl Collected {
+    /// The seccomp filters of the tree, as images have them. Only once.
+    pub fn take_filters(&self) -> SeccompEntry {
+        self.found.filters.take().into_entry()
+    }
+
     fn new_id(&mut self) -> u32 {
         self.next_id += 1;
         self.next_id - 1
@@ -636,14 +701,14 @@ impl Collected {
         Ok(highest)
     }
 
-    /// Connections of the tree whose packets must not be answered while it is taken apart.
+    /// Where packets come in that must be kept away from the tree while it is taken apart.
     ///
     /// # Errors
     /// When a socket cannot be asked.
-    pub fn connections(&self) -> Result<Vec<crate::kernel::nft::Connection>> {
-        let mut all = Vec::new();
+    pub fn endpoints(&self) -> Result<Endpoints> {
+        let mut all = Endpoints::default();
         for file in self.open.values() {
-            all.extend(kind_for(file)?.connection(file)?);
+            all.extend(kind_for(file)?.endpoint(file)?);
         }
         Ok(all)
     }
@@ -653,6 +718,9 @@ impl Collected {
     /// # Errors
     /// When one would make itself heard.
     pub fn abandon_files(&self) -> Result<()> {
+        if self.closes {
+            return Ok(());
+        }
         self.open.values().try_for_each(|file| kind_for(file)?.abandon(file))
     }
 

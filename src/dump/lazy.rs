@@ -114,9 +114,13 @@ impl StoppedTree {
     pub fn stop(tree: &Tree) -> Result<StoppedTree> {
         // A task that is stopped already stays so by itself.
         let running = tree.living().filter(|task| matches!(task.state, TaskState::Alive));
-        let stopped = StoppedTree(running.map(|task| task.pid).collect());
-        for &pid in &stopped.0 {
-            sys::kill(pid, libc::SIGSTOP).with(|| Error::new("hold the tree").task(pid))?;
+        let mut stopped = StoppedTree(Vec::new());
+        for task in running {
+            if let Err(error) = sys::kill(task.pid, libc::SIGSTOP) {
+                stopped.undo();
+                return Err(error).with(|| Error::new("hold the tree").task(task.pid));
+            }
+            stopped.0.push(task.pid);
         }
         Ok(stopped)
     }

@@ -2,7 +2,7 @@
 
 use std::sync::Mutex;
 
-use whimbrel_images::page::{MemoryObject, PAGE_SIZE, PageRun, PageSink};
+use whimbrel_images::page::{MemoryObject, PAGE_SIZE, PageBuffer, PageRun, PageSink};
 
 use super::collect::TaskMemory;
 use super::runs::RunSet;
@@ -46,70 +46,57 @@ pub struct Selection {
     pub parent: Vec<PageRun>,
 }
 
+impl Selection {
+    /// These pages, to be stored.
+    pub fn of(set: &RunSet) -> Selection {
+        Selection {
+            store: set.runs(),
+            parent: Vec::new(),
+        }
+    }
+}
+
 /// Selects all pages of a task.
 ///
 /// # Errors
 /// When its page table cannot be read.
-pub fn select_all(memory: &TaskMemory) -> Result<(Pages, Selection)> {
+pub fn select_all(memory: &TaskMemory) -> Result<Selection> {
     let pages = Pages::open(memory.pid)?;
     let mut store = Vec::new();
     for &(start, end) in &memory.ranges {
         pages.own(start, end, &mut store)?;
     }
-    Ok((
-        pages,
-        Selection {
-            store,
-            parent: Vec::new(),
-        },
-    ))
+    Ok(Selection {
+        store,
+        parent: Vec::new(),
+    })
+}
+
+/// Says which pages of a task the parent has; returns how many.
+///
+/// # Errors
+/// When the sink does not take them: the parent has not got them.
+pub fn say_parent(memory: &TaskMemory, selection: &Selection, sink: &mut dyn PageSink) -> Result<u64> {
+    for &run in &selection.parent {
+        sink.parent_pages(memory.object, run)
+            .with(|| Error::new("store memory").task(memory.pid))?;
+    }
+    Ok(selection.parent.iter().map(|run| run.pages).sum())
 }
 
 /// Writes the selected pages of a task to `sink`.
 ///
 /// # Errors
 /// When the memory cannot be read or the sink does not take it.
-pub fn write(memory: &TaskMemory, pages: &Pages, selection: &Selection, sink: &mut dyn PageSink) -> Result<Amount> {
+pub fn write(memory: &TaskMemory, selection: &Selection, sink: &mut dyn PageSink) -> Result<Amount> {
     let failed = || Error::new("store memory").task(memory.pid);
-    for &run in &selection.parent {
-        sink.parent_pages(memory.object, run).with(failed)?;
-    }
-    let batches = pages::batches(&selection.store, BATCH);
-    let (full, filled) = crossbeam::channel::bounded::<(Vec<PageRun>, Vec<u8>)>(AHEAD);
-    let (empty, spare) = crossbeam::channel::bounded::<Vec<u8>>(AHEAD + 2);
-    let failure: Mutex<Option<Error>> = Mutex::new(None);
-    let result = std::thread::scope(|scope| {
-        scope.spawn(|| {
-            let full = full;
-            for batch in batches {
-                let bytes: u64 = batch.iter().map(PageRun::bytes).sum();
-                let mut buffer = spare.try_recv().unwrap_or_else(|_| vec![0; BATCH]);
-                if let Err(error) = pages.read(&batch, &mut buffer[..bytes as usize]) {
-                    *failure.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = Some(error);
-                    return;
-                }
-                if full.send((batch, buffer)).is_err() {
-                    return;
-                }
-            }
-        });
-        for (batch, buffer) in filled {
-            let mut at = 0;
-            for run in batch {
-                let end = at + run.pages as usize * PAGE_SIZE;
-                sink.write_pages(memory.object, run, &buffer[at..end]).with(failed)?;
-                at = end;
-            }
-            let _ = empty.try_send(buffer);
-        }
-        Ok(())
-    });
-    if let Some(error) = failure.into_inner().unwrap_or_else(|poisoned| poisoned.into_inner()) {
-        return Err(error);
-    }
-    result?;
-    let count = |runs: &[PageRun]| runs.iter().map(|run| run.pages).sum::<u64>();
-    let (written, parent) = (count(&selection.store), count(&selection.parent));
+    let parent = say_parent(memory, selection, sink)?;
+    let pages = Pages::open(memory.pid)?;
+    let read = |batch: Vec<PageRun>, buffer: &mut [u8]| pages.read(&batch, buffer).map(|()| batch);
+    pump(&selection.store, &read, &mut |batch, bytes| {
+        give(memory.object, batch, bytes, sink).with(failed)
+    })?;
+    let written = selection.store.iter().map(|run| run.pages).sum::<u64>();
     Ok(Amount {
         pages_scanned: written + parent,
         pages_written: written,
@@ -130,38 +117,92 @@ pub fn write_running(
     go_on: &dyn Fn() -> Result<()>,
 ) -> Result<()> {
     let reader = Pages::open(pid)?;
-    let mut buffer = vec![0u8; BATCH];
-    for batch in pages::batches(&set.runs(), BATCH) {
+    let read = |batch: Vec<PageRun>, buffer: &mut [u8]| match reader.read(&batch, buffer) {
+        Ok(()) => Ok(batch),
+        // Part of it was unmapped meanwhile: page by page, what is gone is left out. The next look finds it gone.
+        Err(_) => Ok(read_single_pages(&reader, &batch, buffer)),
+    };
+    pump(&set.runs(), &read, &mut |batch, bytes| {
         go_on()?;
-        let bytes: u64 = batch.iter().map(PageRun::bytes).sum();
-        if reader.read(&batch, &mut buffer[..bytes as usize]).is_err() {
-            // Part of it was unmapped meanwhile: page by page, what is gone is left out. The next look finds it gone.
-            send_single_pages(&reader, object, &batch, sink)?;
-            continue;
-        }
-        let mut at = 0;
-        for run in batch {
-            let end = at + run.bytes() as usize;
-            sink.write_pages(object, run, &buffer[at..end])
-                .context("store memory")?;
-            at = end;
-        }
+        give(object, batch, bytes, sink).context("store memory")
+    })
+}
+
+fn give(object: MemoryObject, batch: &[PageRun], bytes: &[u8], sink: &mut dyn PageSink) -> std::io::Result<()> {
+    let mut at = 0;
+    for &run in batch {
+        let end = at + run.bytes() as usize;
+        sink.write_pages(object, run, &bytes[at..end])?;
+        at = end;
     }
     Ok(())
 }
 
-fn send_single_pages(reader: &Pages, object: MemoryObject, batch: &[PageRun], sink: &mut dyn PageSink) -> Result<()> {
-    let mut page = [0u8; PAGE_SIZE];
-    for run in batch {
-        for index in 0..run.pages {
-            let one = PageRun {
-                start: run.start + index * PAGE_SIZE as u64,
-                pages: 1,
-            };
-            if reader.read(&[one], &mut page).is_ok() {
-                sink.write_pages(object, one, &page).context("store memory")?;
-            }
+/// Reads the pages of a batch that can be read, one after the other, and says which.
+fn read_single_pages(reader: &Pages, batch: &[PageRun], buffer: &mut [u8]) -> Vec<PageRun> {
+    let mut found = Vec::new();
+    let pages = batch.iter().flat_map(|run| (run.start..run.end()).step_by(PAGE_SIZE));
+    let mut at = 0;
+    for start in pages {
+        if reader
+            .read(&[PageRun { start, pages: 1 }], &mut buffer[at..at + PAGE_SIZE])
+            .is_ok()
+        {
+            pages::push_page(&mut found, start);
+            at += PAGE_SIZE;
         }
     }
-    Ok(())
+    found
+}
+
+/// Fills a buffer with a batch, and says what is in it.
+type Read<'a> = dyn Fn(Vec<PageRun>, &mut [u8]) -> Result<Vec<PageRun>> + Sync + 'a;
+
+/// Takes a batch and its bytes.
+type Write<'a> = dyn FnMut(&[PageRun], &[u8]) -> Result<()> + 'a;
+
+/// Moves pages from `read` to `write`, batch by batch. What does not fit into one is read by another thread, ahead of
+/// what is written.
+fn pump(runs: &[PageRun], read: &Read<'_>, write: &mut Write<'_>) -> Result<()> {
+    let bytes_of = |batch: &[PageRun]| batch.iter().map(PageRun::bytes).sum::<u64>() as usize;
+    let mut batches = pages::batches(runs, BATCH);
+    if batches.len() <= 1 {
+        let Some(batch) = batches.pop() else { return Ok(()) };
+        let bytes = bytes_of(&batch);
+        let mut buffer = PageBuffer::new(bytes);
+        let batch = read(batch, buffer.first_mut(bytes))?;
+        return write(&batch, buffer.first(bytes_of(&batch)));
+    }
+    let (full, filled) = crossbeam::channel::bounded::<(Vec<PageRun>, PageBuffer)>(AHEAD);
+    let (empty, spare) = crossbeam::channel::bounded::<PageBuffer>(AHEAD + 2);
+    let failure: Mutex<Option<Error>> = Mutex::new(None);
+    let result = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let full = full;
+            for batch in batches {
+                let mut buffer = spare.try_recv().unwrap_or_else(|_| PageBuffer::new(BATCH));
+                let bytes = bytes_of(&batch);
+                match read(batch, buffer.first_mut(bytes)) {
+                    Ok(batch) => {
+                        if full.send((batch, buffer)).is_err() {
+                            return;
+                        }
+                    }
+                    Err(error) => {
+                        *failure.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = Some(error);
+                        return;
+                    }
+                }
+            }
+        });
+        for (batch, buffer) in filled {
+            write(&batch, buffer.first(bytes_of(&batch)))?;
+            let _ = empty.try_send(buffer);
+        }
+        Ok(())
+    });
+    if let Some(error) = failure.into_inner().unwrap_or_else(|poisoned| poisoned.into_inner()) {
+        return Err(error);
+    }
+    result
 }

@@ -3,6 +3,7 @@
 //! Frozen time is what users feel, so what can be known before the freeze is collected there: mappings, the search for
 //! borrowed instructions. Inside the freeze it is only compared.
 
+pub mod ahead;
 pub mod collect;
 pub mod lazy;
 pub mod memory;
@@ -20,6 +21,7 @@ use crate::error::{Context, Error, Result};
 use crate::tree::{Tree, TreeImage};
 
 pub use collect::{Collected, Prepared};
+pub use track::chain::Chain;
 
 /// What the user asked for.
 #[derive(Clone, Debug)]
@@ -32,6 +34,10 @@ pub struct Options {
     pub file_locks: bool,
     /// Unix sockets may have peers outside of the tree (`--ext-unix-sk`).
     pub ext_unix_sk: bool,
+    /// Connections that a listener has not accepted yet may be lost (`--skip-in-flight`).
+    pub skip_in_flight: bool,
+    /// Established TCP connections are dumped as closed ones (`--tcp-close`).
+    pub tcp_close: bool,
     /// Largest deleted file that is carried along, in bytes (`--ghost-limit`).
     pub ghost_limit: u64,
 }
@@ -43,6 +49,8 @@ impl Default for Options {
             tcp_established: false,
             file_locks: false,
             ext_unix_sk: false,
+            skip_in_flight: false,
+            tcp_close: false,
             ghost_limit: 1 << 20,
         }
     }
@@ -156,41 +164,71 @@ impl FrozenTree {
         Ok(files)
     }
 
+    /// Selects what is stored of each task's memory.
+    ///
+    /// # Errors
+    /// When a page table cannot be read.
+    pub fn select(&self, chain: &mut Chain) -> Result<Vec<memory::Selection>> {
+        chain.select(&self.collected.memory)
+    }
+
     /// Gives all memory to `sink`.
     ///
     /// # Errors
     /// When memory cannot be read, or the sink does not take it.
     pub fn memory(&mut self, sink: &mut dyn PageSink) -> Result<memory::Amount> {
-        self.memory_but(&[], sink)
+        let all = self.select(&mut Chain::default())?;
+        self.memory_but(all, &[], sink)
     }
 
-    /// Gives all memory to `sink` but the pages of `later`, by task as images call it.
+    /// Gives what was selected to `sink` but the pages of `later`, by task as images call it.
     ///
     /// # Errors
     /// As [`FrozenTree::memory`].
-    pub fn memory_but(&mut self, later: &[(u32, runs::RunSet)], sink: &mut dyn PageSink) -> Result<memory::Amount> {
+    pub fn memory_but(
+        &mut self,
+        selections: Vec<memory::Selection>,
+        later: &[(u32, runs::RunSet)],
+        sink: &mut dyn PageSink,
+    ) -> Result<memory::Amount> {
         let started = Instant::now();
         let mut amount = memory::Amount::default();
-        for task in &self.collected.memory {
-            let (pages, mut selection) = memory::select_all(task)?;
+        for (task, mut selection) in self.collected.memory.iter().zip(selections) {
             if let Some((_, later)) = later.iter().find(|(pid, _)| MemoryObject::Task(*pid) == task.object) {
                 selection.store = runs::RunSet::from_runs(&selection.store).subtract(later).runs();
             }
-            amount.add(memory::write(task, &pages, &selection, sink)?);
+            amount.add(memory::write(task, &selection, sink)?);
         }
         self.collected.segments.dump(sink)?;
         self.times.memory = started.elapsed();
         Ok(amount)
     }
 
-    /// Lets the tree go on, and gives all of its memory to `sink` as it is then: for a dump that another follows. The
-    /// tree is held no longer than it takes to learn which pages there are.
+    /// Gives that memory to `sink` that was not stored ahead of the freeze, or was written since.
+    ///
+    /// # Errors
+    /// As [`FrozenTree::memory`].
+    pub fn memory_after(&mut self, ahead: &mut ahead::Ahead, sink: &mut dyn PageSink) -> Result<memory::Amount> {
+        let started = Instant::now();
+        let mut amount = memory::Amount::default();
+        for task in &self.collected.memory {
+            amount.add(ahead.finish(task, sink)?);
+        }
+        self.collected.segments.dump(sink)?;
+        self.times.memory = started.elapsed();
+        Ok(amount)
+    }
+
+    /// Lets the tree go on, and gives what was selected of its memory to `sink` as it is then: for a dump that another
+    /// follows. The tree is held no longer than it takes to learn which pages there are.
     ///
     /// # Errors
     /// As [`FrozenTree::memory`]; the tree goes on in any case.
-    pub fn memory_running(self, sink: &mut dyn PageSink) -> Result<(memory::Amount, Times)> {
-        let selections = self.collected.memory.iter().map(memory::select_all);
-        let selections = selections.collect::<Result<Vec<_>>>()?;
+    pub fn memory_running(
+        self,
+        selections: Vec<memory::Selection>,
+        sink: &mut dyn PageSink,
+    ) -> Result<(memory::Amount, Times)> {
         let FrozenTree {
             tree,
             collected,
@@ -201,15 +239,20 @@ impl FrozenTree {
         times.frozen = since.elapsed();
         let started = Instant::now();
         let mut amount = memory::Amount::default();
-        for (task, (_, selection)) in collected.memory.iter().zip(selections) {
+        for (task, selection) in collected.memory.iter().zip(selections) {
             let set = runs::RunSet::from_runs(&selection.store);
             if !std::path::Path::new(&format!("/proc/{}", task.pid)).exists() {
                 // It has ended since; the dump that follows will see that.
                 continue;
             }
+            let same = memory::say_parent(task, &selection, sink)?;
             memory::write_running(task.pid, task.object, &set, sink, &|| Ok(()))?;
-            amount.pages_scanned += set.pages();
-            amount.pages_written += set.pages();
+            amount.add(memory::Amount {
+                pages_scanned: set.pages() + same,
+                pages_written: set.pages(),
+                pages_in_parent: same,
+                pages_lazy: 0,
+            });
         }
         collected.segments.dump(sink)?;
         times.memory = started.elapsed();
@@ -233,6 +276,7 @@ impl FrozenTree {
             inventory,
             tasks,
             files,
+            seccomp: self.collected.take_filters(),
         }
         .save(store)
     }
@@ -248,7 +292,7 @@ impl FrozenTree {
         match afterwards {
             Afterwards::Kill => {
                 self.collected.abandon_files()?;
-                self.tree.kill()?;
+                self.tree.kill_swiftly()?;
             }
             Afterwards::Resume => self.tree.resume()?,
             Afterwards::Stop => {

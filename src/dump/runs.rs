@@ -94,6 +94,12 @@ impl RunSet {
         &self.0
     }
 
+    /// Does one range contain all of this?
+    pub fn covers(&self, start: u64, end: u64) -> bool {
+        let after = self.0.partition_point(|range| range.0 <= start);
+        after > 0 && self.0[after - 1].1 >= end
+    }
+
     /// Is this address in the set?
     pub fn contains(&self, address: u64) -> bool {
         let after = self.0.partition_point(|&(start, _)| start <= address);

@@ -91,6 +91,14 @@ macro_rules! features {
                 match self { $(Self::$variant => $without,)* }
             }
 
+    /// Tries this feature alone.
+            ///
+            /// # Errors
+            /// Why it is not there.
+            pub fn try_now(self) -> Result<(), Missing> {
+                run(self.probe())
+            }
+
             fn probe(self) -> probes::Probe {
                 match self { $(Self::$variant => $probe,)* }
             }
@@ -143,7 +151,7 @@ features! {
         "finds pages by category in one call", "pagemap is read word by word";
     /// Userfaultfd with WP_ASYNC, WP_UNPOPULATED and PAGEMAP_SCAN.
     UffdWpAsync: "uffd-wp-async", Helps, probes::uffd_wp_async,
-        "finds pages written since the last round, without a freeze", "soft-dirty bits are used; without them each round sends everything";
+        "finds pages written since the last round, without a freeze", "soft-dirty bits are used; without them all memory is sent in the freeze, or on demand";
     /// Userfaultfd for missing pages.
     UffdMissing: "uffd-missing", Helps, probes::uffd_missing,
         "fetches memory after the program runs (post-copy, lazy-pages)", "all memory is sent before the program goes on";

@@ -138,9 +138,12 @@ pub fn plain(file: BorrowedFd<'_>, request: Plain, argument: i32) -> io::Result<
 /// # Errors
 /// EIO when the slave is locked.
 pub fn open_peer(master: BorrowedFd<'_>, flags: i32) -> io::Result<OwnedFd> {
-    let fd = plain(master, TIOCGPTPEER, flags | libc::O_CLOEXEC)?;
+    // With O_CLOEXEC the kernel keeps that flag with the open file, and fdinfo then shows it of every descriptor.
+    let fd = plain(master, TIOCGPTPEER, flags & !libc::O_CLOEXEC)?;
     // SAFETY: the descriptor that comes back is ours alone.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+    rustix::io::fcntl_setfd(&fd, rustix::io::FdFlags::CLOEXEC)?;
+    Ok(fd)
 }
 
 /// A signalfd for the signals of `mask`, bit n-1 for signal n.

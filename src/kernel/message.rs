@@ -1,4 +1,4 @@
-//! Looking at the messages in a unix socket's queue, with everything that is attached to them.
+//! Looking at the messages in a socket's queue, with everything that is attached to them.
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
@@ -39,30 +39,64 @@ pub fn take_next(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<Messag
 }
 
 fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8], flags: i32) -> io::Result<Message> {
+    let mut message = Message::default();
+    let flags = flags | libc::MSG_TRUNC | libc::MSG_CMSG_CLOEXEC;
+    let received = receive_with(socket, buffer, flags, |kind, data| take(&mut message, kind, data))?;
+    message.length = received.length;
+    message.from = name_of(received.name());
+    if received.flags & libc::MSG_CTRUNC != 0 {
+        return Err(io::Error::other("more is attached to a message than there is room for"));
+    }
+    Ok(message)
+}
+
+/// What recvmsg(2) returns beside the bytes and what is attached to them.
+pub(super) struct Received {
+    /// Bytes that were copied, or, with MSG_TRUNC, that there are.
+    pub length: usize,
+    /// MSG_CTRUNC and its like.
+    pub flags: i32,
+    name: [u8; size_of::<libc::sockaddr_storage>()],
+    name_length: usize,
+}
+
+impl Received {
+    /// The sender's address, as the kernel writes it.
+    pub fn name(&self) -> &[u8] {
+        &self.name[..self.name_length.min(self.name.len())]
+    }
+}
+
+/// `recvmsg(2)`, which does not wait. Each control message goes to `attached`, with its level and type.
+///
+/// # Errors
+/// EAGAIN when there is nothing.
+pub(super) fn receive_with(
+    socket: BorrowedFd<'_>,
+    buffer: &mut [u8],
+    flags: i32,
+    mut attached: impl FnMut((i32, i32), &[u8]),
+) -> io::Result<Received> {
     let mut control = [0u64; CONTROL / 8];
-    // SAFETY: all bytes of these may be zero.
-    let (mut name, mut header): (libc::sockaddr_un, libc::msghdr) = unsafe { std::mem::zeroed() };
+    let mut name = [0; size_of::<libc::sockaddr_storage>()];
+    // SAFETY: all bytes may be zero.
+    let mut header: libc::msghdr = unsafe { std::mem::zeroed() };
     let mut piece = libc::iovec {
         iov_base: buffer.as_mut_ptr().cast(),
         iov_len: buffer.len(),
     };
-    header.msg_name = (&raw mut name).cast();
+    header.msg_name = name.as_mut_ptr().cast();
     header.msg_namelen = size_of_val(&name) as libc::socklen_t;
     header.msg_iov = &raw mut piece;
     header.msg_iovlen = 1;
     header.msg_control = control.as_mut_ptr().cast();
     header.msg_controllen = size_of_val(&control) as _;
-    let flags = flags | libc::MSG_DONTWAIT | libc::MSG_TRUNC | libc::MSG_CMSG_CLOEXEC;
+    let flags = flags | libc::MSG_DONTWAIT;
     // SAFETY: the header names memory of ours with its sizes, all of which lives until the call returns.
     let length = unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut header, flags) };
     if length < 0 {
         return Err(io::Error::last_os_error());
     }
-    let mut message = Message {
-        length: length as usize,
-        from: name_of(&name, header.msg_namelen as usize),
-        ..Message::default()
-    };
     // SAFETY: the header's control buffer is what the kernel just wrote; so it is for the calls in the loop.
     let mut next = unsafe { libc::CMSG_FIRSTHDR(&raw const header) };
     while !next.is_null() {
@@ -75,14 +109,16 @@ fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8], flags: i32) -> io::Result<
         let size = (head.cmsg_len as usize).saturating_sub(before);
         // SAFETY: the kernel wrote `size` bytes of data behind this header.
         let data = unsafe { std::slice::from_raw_parts(data, size) };
-        take(&mut message, (head.cmsg_level, head.cmsg_type), data);
+        attached((head.cmsg_level, head.cmsg_type), data);
         // SAFETY: as CMSG_FIRSTHDR.
         next = unsafe { libc::CMSG_NXTHDR(&raw const header, next) };
     }
-    if header.msg_flags & libc::MSG_CTRUNC != 0 {
-        return Err(io::Error::other("more is attached to a message than there is room for"));
-    }
-    Ok(message)
+    Ok(Received {
+        length: length as usize,
+        flags: header.msg_flags,
+        name,
+        name_length: header.msg_namelen as usize,
+    })
 }
 
 /// Where the last of the writes begins that make up the `scratch.len()` bytes of a stream at its peek offset, which must end
@@ -152,9 +188,9 @@ fn take(message: &mut Message, kind: (i32, i32), data: &[u8]) {
     }
 }
 
-fn name_of(name: &libc::sockaddr_un, length: usize) -> Vec<u8> {
-    let bytes: Vec<u8> = name.sun_path.iter().map(|&byte| byte as u8).collect();
-    let bytes = &bytes[..length.saturating_sub(NAME_AT).min(bytes.len())];
+/// The name in a `sockaddr_un`.
+fn name_of(address: &[u8]) -> Vec<u8> {
+    let bytes = address.get(NAME_AT..).unwrap_or_default();
     match bytes.first() {
         None => Vec::new(),
         Some(0) => bytes.to_vec(),

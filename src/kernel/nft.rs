@@ -8,10 +8,17 @@
 //! ```text
 //! table inet whimbrel-PID {
 //!   set v4 / v6    source . destination . source port . destination port . protocol
-//!   chain in       prerouting, priority -399: [mark == exempt: accept], in v4: drop, in v6: drop
-//!   chain out      output,     priority -399: the same
+//!   set listen4 / listen6    destination . destination port
+//!   set listen     destination port
+//!   set datagram, datagram4 / datagram6    as those of listeners
+//!   chain in       prerouting, priority -399: [mark == exempt: accept], in v4: drop, in v6: drop,
+//!                  first packet of a TCP connection: in listen, listen4, listen6: drop,
+//!                  packet of UDP: in datagram, datagram4, datagram6: drop
+//!   chain out      output,     priority -399: the same without listeners
 //! }
 //! ```
+//!
+//! Of listening sockets only the first packet of a handshake is dropped: those that have begun come to their end.
 //!
 //! The priority is the first after reassembly of fragments (-400), so that ports can be seen, and before raw (-300) and
 //! connection tracking (-200).
@@ -50,6 +57,9 @@ const TRANSPORT_HEADER: u32 = 2;
 const META_MARK: u32 = 3;
 const META_FAMILY: u32 = 15;
 const META_PROTOCOL: u32 = 16;
+/// Byte 13 of a TCP header: FIN, SYN, RST and ACK.
+const TCP_FLAGS: u8 = 0x17;
+const TCP_SYN: u8 = 0x02;
 
 /// Elements of one message; an attribute holds less than 64 KiB.
 const ELEMENTS: usize = 500;
@@ -196,12 +206,49 @@ impl NetworkLock {
                 }
             }
         }
+        self.add(&[("v4", v4), ("v6", v6)])
+    }
+
+    /// Drops packets that begin a TCP connection to these listening sockets, in the same way. An unspecified address
+    /// stands for the port with all addresses of both families.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn lock_listeners(&mut self, listeners: &[SocketAddr]) -> Result<(), NftError> {
+        self.lock_addresses(listeners, ["listen", "listen4", "listen6"])
+    }
+
+    /// Drops datagrams of UDP to these addresses, in the same way, whoever sends them.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn lock_datagrams(&mut self, sockets: &[SocketAddr]) -> Result<(), NftError> {
+        self.lock_addresses(sockets, ["datagram", "datagram4", "datagram6"])
+    }
+
+    fn lock_addresses(&mut self, addresses: &[SocketAddr], sets: [&str; 3]) -> Result<(), NftError> {
+        let (mut any, mut v4, mut v6) = (Vec::new(), Vec::new(), Vec::new());
+        for address in addresses {
+            let [high, low] = address.port().to_be_bytes();
+            let port = [high, low, 0, 0];
+            match address.ip().to_canonical() {
+                ip if ip.is_unspecified() => any.push(port.to_vec()),
+                IpAddr::V4(ip) => v4.push([&ip.octets()[..], &port].concat()),
+                IpAddr::V6(ip) => v6.push([&ip.octets()[..], &port].concat()),
+            }
+        }
+        let [set_any, set_v4, set_v6] = sets;
+        self.add(&[(set_any, any), (set_v4, v4), (set_v6, v6)])
+    }
+
+    /// Adds elements to the sets of the table, which is made if it is not there.
+    fn add(&mut self, elements: &[(&str, Vec<Vec<u8>>)]) -> Result<(), NftError> {
         for attempt in 1.. {
             let mut batch = Batch::new();
             if !self.made {
                 self.write_table(&mut batch);
             }
-            for (set, keys) in [("v4", &v4), ("v6", &v6)] {
+            for (set, keys) in elements {
                 keys.chunks(ELEMENTS)
                     .for_each(|keys| write_elements(&mut batch, &self.table, set, keys));
             }
@@ -259,6 +306,16 @@ impl NetworkLock {
                 message.be32(10, id as u32 + 1);
             });
         }
+        for (id, (set, kind, length)) in LISTENERS.iter().enumerate() {
+            batch.add(NEW_SET, NLM_F_CREATE | NLM_F_EXCL, |message| {
+                message.string(1, table);
+                message.string(2, set);
+                message.be32(3, 0);
+                message.be32(4, *kind);
+                message.be32(5, *length);
+                message.be32(10, (FAMILIES.len() + id) as u32 + 1);
+            });
+        }
         for (chain, hook) in [("in", HOOK_PREROUTING), ("out", HOOK_OUTPUT)] {
             batch.add(NEW_CHAIN, NLM_F_CREATE | NLM_F_EXCL, |message| {
                 message.string(1, table);
@@ -279,6 +336,22 @@ impl NetworkLock {
             }
             for family in &FAMILIES {
                 rule(batch, table, chain, |list| family.write_match(list));
+            }
+            if hook == HOOK_PREROUTING {
+                let kinds: [(Match, &str); 2] = [(match_first_packet, "listen"), (match_datagram, "datagram")];
+                for (matches, set) in kinds {
+                    rule(batch, table, chain, |list| {
+                        matches(list);
+                        payload(list, TRANSPORT_HEADER, 2, 2, REGISTER);
+                        lookup(list, set);
+                        verdict(list, DROP);
+                    });
+                    for family in &FAMILIES {
+                        rule(batch, table, chain, |list| {
+                            family.write_listener_match(list, matches, set)
+                        });
+                    }
+                }
             }
         }
     }
@@ -339,7 +412,21 @@ struct Family {
     offset: u32,
     /// nft's number for the type of an address, so that its listing of the set can be read.
     kind: u32,
+    /// Its number in names of sets.
+    digit: char,
 }
+
+/// Sets of listening sockets and of those of datagrams, with type and length of their keys.
+const LISTENERS: [(&str, u32, u32); 6] = [
+    ("datagram", KIND_PORT, 4),
+    ("datagram4", 7 << 6 | KIND_PORT, 8),
+    ("datagram6", 8 << 6 | KIND_PORT, 20),
+    ("listen", KIND_PORT, 4),
+    ("listen4", 7 << 6 | KIND_PORT, 8),
+    ("listen6", 8 << 6 | KIND_PORT, 20),
+];
+/// nft's number for the type of a port.
+const KIND_PORT: u32 = 13;
 
 const FAMILIES: [Family; 2] = [
     Family {
@@ -348,6 +435,7 @@ const FAMILIES: [Family; 2] = [
         address: 4,
         offset: 12,
         kind: 7,
+        digit: '4',
     },
     Family {
         set: "v6",
@@ -355,6 +443,7 @@ const FAMILIES: [Family; 2] = [
         address: 16,
         offset: 8,
         kind: 8,
+        digit: '6',
     },
 ];
 
@@ -364,7 +453,7 @@ impl Family {
     }
 
     fn key_type(&self) -> u32 {
-        let (port, protocol) = (13, 12);
+        let (port, protocol) = (KIND_PORT, 12);
         [self.kind, self.kind, port, port, protocol]
             .into_iter()
             .fold(0, |kinds, kind| kinds << 6 | kind)
@@ -385,12 +474,50 @@ impl Family {
         payload(list, TRANSPORT_HEADER, 0, 2, REGISTER + 2 * words);
         payload(list, TRANSPORT_HEADER, 2, 2, REGISTER + 2 * words + 1);
         meta(list, META_PROTOCOL, REGISTER + 2 * words + 2);
-        expression(list, "lookup", |data| {
-            data.string(1, self.set);
-            data.be32(2, REGISTER);
-        });
+        lookup(list, self.set);
         verdict(list, DROP);
     }
+
+    fn write_listener_match(&self, list: &mut Writer, matches: Match, set: &str) {
+        meta(list, META_FAMILY, REGISTER);
+        equals(list, REGISTER, &[self.number as u8]);
+        matches(list);
+        payload(list, NETWORK_HEADER, self.offset + self.address, self.address, REGISTER);
+        payload(list, TRANSPORT_HEADER, 2, 2, REGISTER + self.address / 4);
+        lookup(list, &format!("{set}{}", self.digit));
+        verdict(list, DROP);
+    }
+}
+
+/// Writes what a rule goes on only for.
+type Match = fn(&mut Writer);
+
+/// Goes on only with a packet of TCP that has SYN and none of FIN, RST and ACK.
+fn match_first_packet(list: &mut Writer) {
+    meta(list, META_PROTOCOL, REGISTER);
+    equals(list, REGISTER, &[libc::IPPROTO_TCP as u8]);
+    payload(list, TRANSPORT_HEADER, 13, 1, REGISTER);
+    expression(list, "bitwise", |data| {
+        data.be32(1, REGISTER);
+        data.be32(2, REGISTER);
+        data.be32(3, 1);
+        data.nested(4, |mask| mask.bytes(1, &[TCP_FLAGS]));
+        data.nested(5, |xor| xor.bytes(1, &[0]));
+    });
+    equals(list, REGISTER, &[TCP_SYN]);
+}
+
+/// Goes on only with a datagram of UDP.
+fn match_datagram(list: &mut Writer) {
+    meta(list, META_PROTOCOL, REGISTER);
+    equals(list, REGISTER, &[libc::IPPROTO_UDP as u8]);
+}
+
+fn lookup(list: &mut Writer, set: &str) {
+    expression(list, "lookup", |data| {
+        data.string(1, set);
+        data.be32(2, REGISTER);
+    });
 }
 
 /// An element of a set: its parts one after the other, each padded to four bytes, as they come to lie in the registers.
@@ -517,4 +644,4 @@ impl Batch {
 
 #[cfg(test)]
 #[path = "nft_tests.rs"]
-mod tests;
+pub(crate) mod tests;

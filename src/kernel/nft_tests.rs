@@ -7,7 +7,7 @@ use std::time::Duration;
 use super::*;
 
 /// Runs `body` in a thread that has a fresh network namespace with loopback up.
-fn in_fresh_netns(body: impl FnOnce() + Send + 'static) {
+pub fn in_fresh_netns(body: impl FnOnce() + Send + 'static) {
     let thread = std::thread::spawn(|| {
         // SAFETY: moves this thread alone to a new network namespace.
         assert_eq!(unsafe { libc::unshare(libc::CLONE_NEWNET) }, 0, "needs CAP_SYS_ADMIN");
@@ -214,5 +214,34 @@ fn the_lock_ends_with_its_process_even_by_sigkill() {
         assert!(!table_exists(&table).unwrap());
         server.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
         assert!(server.read(&mut [0; 16]).unwrap() > 0);
+    });
+}
+
+#[test]
+fn a_locked_listener_gets_no_new_connections_until_it_is_unlocked() {
+    in_fresh_netns(|| {
+        for (address, locked) in [
+            ("127.0.0.1:0", None),
+            ("[::1]:0", None),
+            ("0.0.0.0:0", Some("0.0.0.0")),
+            ("[::]:0", Some("::")),
+        ] {
+            let listener = TcpListener::bind(address).unwrap();
+            let local = listener.local_addr().unwrap();
+            let to = match local.ip() {
+                ip if ip.is_unspecified() => SocketAddr::new("127.0.0.1".parse().unwrap(), local.port()),
+                _ => local,
+            };
+            let mut lock = NetworkLock::new_in_current_netns().unwrap();
+            let ip = locked.map_or(local.ip(), |ip| ip.parse().unwrap());
+            lock.lock_listeners(&[SocketAddr::new(ip, local.port())]).unwrap();
+            let patience = Duration::from_millis(100);
+            assert!(TcpStream::connect_timeout(&to, patience).is_err(), "{address}");
+            lock.unlock().unwrap();
+            assert!(
+                TcpStream::connect_timeout(&to, Duration::from_secs(10)).is_ok(),
+                "{address}"
+            );
+        }
     });
 }

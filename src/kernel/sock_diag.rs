@@ -75,6 +75,19 @@ pub struct InetSocket {
     pub v6_only: bool,
 }
 
+/// A packet socket.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PacketSocket {
+    /// Inode number, as in `socket:[N]`.
+    pub inode: u32,
+    /// What PACKET_COPY_THRESH is set to.
+    pub copy_thresh: u32,
+    /// Memberships: interface, kind (PACKET_MR_…), address.
+    pub memberships: Vec<(u32, u16, Vec<u8>)>,
+    /// Has it rings to receive or to send?
+    pub rings: bool,
+}
+
 /// Why sockets could not be listed.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot list {what} sockets of the network namespace")]
@@ -93,6 +106,19 @@ pub fn unix_sockets() -> Result<Vec<UnixSocket>, DiagError> {
         request.extend_from_slice(&word.to_ne_bytes());
     }
     dump(&request, parse_unix).map_err(|source| DiagError { what: "unix", source })
+}
+
+/// All packet sockets of the network namespace that the calling thread is in.
+///
+/// # Errors
+/// When the kernel lacks CONFIG_PACKET_DIAG or answers nonsense.
+pub fn packet_sockets() -> Result<Vec<PacketSocket>, DiagError> {
+    const SHOW_INFO_MEMBERSHIPS_RINGS: u32 = 1 | 2 | 4;
+    let mut request = vec![libc::AF_PACKET as u8, 0, 0, 0];
+    for word in [0, SHOW_INFO_MEMBERSHIPS_RINGS, u32::MAX, u32::MAX] {
+        request.extend_from_slice(&word.to_ne_bytes());
+    }
+    dump(&request, parse_packet).map_err(|source| DiagError { what: "packet", source })
 }
 
 /// All sockets of one protocol (IPPROTO_TCP, IPPROTO_UDP) and both address families, in the network namespace that the
@@ -183,6 +209,35 @@ fn parse_unix(payload: &[u8]) -> io::Result<UnixSocket> {
             4 => (socket.receive_queue, socket.send_queue) = (word(value, 0)?, word(value, 4)?),
             6 => socket.shutdown = *value.first().ok_or_else(|| truncated("unix socket"))?,
             7 => socket.uid = word(value, 0)?,
+            _ => {}
+        }
+    }
+    Ok(socket)
+}
+
+fn parse_packet(payload: &[u8]) -> io::Result<PacketSocket> {
+    /// `struct packet_diag_mclist`, whose address has room for 32 bytes.
+    const MEMBERSHIP: usize = 44;
+    let (fixed, rest) = payload.split_at_checked(16).ok_or_else(|| truncated("packet socket"))?;
+    let mut socket = PacketSocket {
+        inode: word(fixed, 4)?,
+        ..PacketSocket::default()
+    };
+    for attribute in Attributes(rest) {
+        let (kind, value) = attribute?;
+        match kind {
+            0 => socket.copy_thresh = word(value, 12)?,
+            1 => {
+                for one in value.chunks_exact(MEMBERSHIP) {
+                    let half = |at: usize| u16::from_ne_bytes([one[at], one[at + 1]]);
+                    let address = one[12..].get(..usize::from(half(10))).unwrap_or(&[]).to_vec();
+                    // One that was asked for several times is counted.
+                    for _ in 0..word(one, 4)?.clamp(1, 1024) {
+                        socket.memberships.push((word(one, 0)?, half(8), address.clone()));
+                    }
+                }
+            }
+            2 | 3 => socket.rings = true,
             _ => {}
         }
     }

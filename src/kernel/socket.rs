@@ -223,3 +223,59 @@ pub fn multicast_filter(
     filter.truncate(SOURCES_AT + count * STORAGE);
     Ok(Some(filter))
 }
+
+/// A `sockaddr` of any family, as bytes.
+pub type RawAddress = Vec<u8>;
+
+/// `getsockname(2)` and `getpeername(2)`, for families that have no type of their own here.
+///
+/// # Errors
+/// ENOTCONN for the peer of a socket without one.
+pub fn raw_address(socket: BorrowedFd<'_>, peer: bool) -> io::Result<RawAddress> {
+    let mut bytes = vec![0u8; STORAGE];
+    let mut length = STORAGE as libc::socklen_t;
+    let ask = if peer { libc::getpeername } else { libc::getsockname };
+    // SAFETY: the kernel writes at most `length` bytes, for which there is room.
+    if unsafe { ask(socket.as_raw_fd(), bytes.as_mut_ptr().cast(), &raw mut length) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    bytes.truncate(length as usize);
+    Ok(bytes)
+}
+
+/// `bind(2)` to an address of any family.
+///
+/// # Errors
+/// Those of the family.
+pub fn bind_raw(socket: BorrowedFd<'_>, address: &[u8]) -> io::Result<()> {
+    // SAFETY: the kernel reads as many bytes as there are.
+    done(unsafe {
+        libc::bind(
+            socket.as_raw_fd(),
+            address.as_ptr().cast(),
+            address.len() as libc::socklen_t,
+        )
+    })
+}
+
+/// `connect(2)` to an address of any family.
+///
+/// # Errors
+/// Those of the family.
+pub fn connect_raw(socket: BorrowedFd<'_>, address: &[u8]) -> io::Result<()> {
+    // SAFETY: the kernel reads as many bytes as there are.
+    done(unsafe {
+        libc::connect(
+            socket.as_raw_fd(),
+            address.as_ptr().cast(),
+            address.len() as libc::socklen_t,
+        )
+    })
+}
+
+fn done(result: libc::c_int) -> io::Result<()> {
+    match result {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}

@@ -11,16 +11,24 @@ fn check(result: i64) -> io::Result<i64> {
     }
 }
 
-/// `pidfd_open(2)`.
+/// `pidfd_open(2)`. The id of a thread that does not lead its process gives a pidfd of that thread (Linux 6.9): all there
+/// is to look into a process whose first thread has ended.
 ///
 /// # Errors
-/// ESRCH when there is no such process.
+/// ESRCH when there is no such process or thread.
 pub fn pidfd_open(pid: i32) -> io::Result<OwnedFd> {
-    // SAFETY: no pointers; the descriptor that comes back is ours alone.
-    unsafe {
-        Ok(OwnedFd::from_raw_fd(
-            check(libc::syscall(libc::SYS_pidfd_open, pid, 0))? as i32,
-        ))
+    let open = |flags: i32| -> io::Result<OwnedFd> {
+        // SAFETY: no pointers; the descriptor that comes back is ours alone.
+        unsafe {
+            let fd = check(libc::syscall(libc::SYS_pidfd_open, pid, flags))?;
+            Ok(OwnedFd::from_raw_fd(fd as i32))
+        }
+    };
+    match open(0) {
+        Err(error) if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::ENOENT)) => {
+            open(libc::PIDFD_THREAD as i32).map_err(|_| error)
+        }
+        result => result,
     }
 }
 
@@ -187,6 +195,17 @@ pub fn set_owner_ex(fd: BorrowedFd<'_>, kind: i32, pid: i32) -> io::Result<()> {
 pub fn kill(pid: i32, signal: i32) -> io::Result<()> {
     // SAFETY: no pointers.
     check(i64::from(unsafe { libc::kill(pid, signal) })).map(drop)
+}
+
+/// `process_mrelease(2)`: takes the memory of a process apart that was just killed, beside the process itself, on another
+/// processor.
+///
+/// # Errors
+/// ESRCH when it has no memory any more, EINVAL when it is not dying or shares its memory, ENOSYS before Linux 5.15.
+pub fn process_mrelease(pid: i32) -> io::Result<()> {
+    let pidfd = pidfd_open(pid)?;
+    // SAFETY: no pointers.
+    check(unsafe { libc::syscall(libc::SYS_process_mrelease, pidfd.as_raw_fd(), 0) }).map(drop)
 }
 
 /// Closes a descriptor that this process was started with. Those that it opened itself have close-on-exec set, and stay.

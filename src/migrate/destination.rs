@@ -3,36 +3,37 @@
 use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::mpsc::Receiver;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use whimbrel_images::page::{MemoryObject, PAGE_SIZE, PageRun, PageSink};
 use whimbrel_images::proto::{PstreeEntry, VmaEntry};
 use whimbrel_images::store::MemStore;
-use whimbrel_page_server::transport::{FaultClient, FaultLink, Session};
+use whimbrel_page_server::transport::Session;
 
-use super::journal::Arrivals;
+use super::arrivals::{Arrival, Arrivals};
+use super::follow::FaultLinks;
 use super::standby::{Standby, StandbySink};
-use super::wire::{self, Begin, Body, Failed, Final, Finished, Prepared, Ready, RunningThere};
+use super::wire::{self, Begin, Body, Failed, Final, Packets, Prepared, Ready, RunningThere};
 use crate::dump::runs::RunSet;
 use crate::error::{Context, Error, Result};
 use crate::kernel::address::{self, MovedAddress};
+use crate::kernel::capture::{self, Interest};
 use crate::kernel::nft::NetworkLock;
-use crate::remote::Program;
+use crate::procfs;
+use crate::remote::{Program, RemoteAddr, RemoteMemory};
+use crate::resource::Endpoints;
 use crate::resource::fd::FileRestore;
-use crate::resource::mem::{mapping, mapping::status};
+use crate::resource::mem::{mapping, mapping::status, pages::Pages};
 use crate::restore::build::Skeleton;
-use crate::restore::lazy::{LazyTask, Serving, Urgent};
+use crate::restore::lazy::{LazyTask, Served};
 use crate::restore::memory::Plan;
 use crate::restore::state::{Ready as ReadyTree, register_all, watch_all};
+use crate::restore::unfinished::Notes;
 use crate::restore::{self, Build};
 use crate::tree::{TaskImage, TreeImage};
 
 /// Room for pages that wait for their mappings, beyond what the source announced, in bytes.
 const EXTRA_ROOM: u64 = 64 << 20;
-
-/// How long the background fetch waits for a connection of its own.
-const SECOND_LINK: Duration = Duration::from_millis(50);
 
 /// What happens at this destination, for whoever shows it.
 pub trait Observer: Send + Sync {
@@ -67,17 +68,22 @@ pub enum Outcome {
 
 /// Told where a migration stands, for sources that come back and ask.
 pub trait Registry: Send + Sync {
+    /// A source begins to move this tree (see [`Begin::tree`]). Whatever was begun for it before and does not run has no source
+    /// any more: it is given up.
+    fn begins(&self, tree: &str);
     /// The tree waits for Commit.
     fn waiting(&self);
     /// Commit has come: noted before the tree runs, so that whoever comes after us can tell that it may.
     ///
     /// # Errors
     /// When it cannot be noted; the tree must not run then.
-    fn committed(&self, root: i32) -> Result<()>;
-    /// The tree runs; part of its memory may still be at the source.
-    fn running(&self, root: i32);
+    fn committed(&self, arrival: &Arrival) -> Result<()>;
+    /// The tree runs; part of its memory may still be at the source. Its root is given if that is a child of ours.
+    fn running(&self, arrival: &Arrival, root: Option<i32>);
     /// All of its memory is here.
-    fn completed(&self, root: i32);
+    fn completed(&self, arrival: &Arrival);
+    /// It failed. Nothing of a tree that does not run as a whole may be left.
+    fn failed(&self);
     /// What is known of another session.
     fn answer(&self, session: &str) -> wire::Answer;
 }
@@ -88,13 +94,15 @@ pub trait Registry: Send + Sync {
 /// When it fails before Commit (nothing is left then), or when the memory cannot be completed after it.
 pub fn run(
     session: &Session,
-    faults: &Receiver<FaultLink>,
+    faults: FaultLinks,
     options: &Options,
     registry: &dyn Registry,
     observer: &dyn Observer,
 ) -> Result<Outcome> {
     let result = serve(session, faults, options, registry, observer);
     if let Err(error) = &result {
+        // What was let go of the tree, if anything, ends before the source hears that it may go on there.
+        registry.failed();
         let _ = session.send_message_blocking(wire::encode(Body::Failed(Failed { reason: error.chain() })));
         // The source gives up when it has heard it; to go before that would tell it nothing but that we are gone.
         while let Ok(Some(_)) = session.recv_message_blocking() {}
@@ -115,7 +123,7 @@ fn send(session: &Session, body: Body) -> Result<()> {
 
 fn serve(
     session: &Session,
-    faults: &Receiver<FaultLink>,
+    mut faults: FaultLinks,
     options: &Options,
     registry: &dyn Registry,
     observer: &dyn Observer,
@@ -130,6 +138,7 @@ fn serve(
         }
         _ => return Err(Error::new("begin a migration").because("the source began with something else")),
     };
+    registry.begins(&begin.tree);
     let blockers = preflight(&begin, options);
     if begin.dry_run || !blockers.is_empty() {
         observer.note(&format!("{}: {} reasons against", begin.name, blockers.len()));
@@ -141,6 +150,8 @@ fn serve(
         root: options.root.clone(),
         tcp_established: begin.tcp_established,
         new_session: true,
+        // What a program has open it may use, whatever it could open here; and it is too late to refuse.
+        skip_file_modes: true,
         ..restore::Options::default()
     };
     // As everything that can fail with a reason that the user can mend, a taken pid is told as a blocker.
@@ -158,6 +169,7 @@ fn serve(
         }
     };
     let moved = MovedAddress::parse(&begin.move_address, &begin.move_device)?;
+    faults.expect(session, begin.fault_port);
     let pump = session.receive_into(Box::new(sink.clone()));
     send(session, Body::Ready(Ready::default()))?;
     observer.note(&format!("{}: memory arrives", begin.name));
@@ -177,20 +189,24 @@ fn serve(
     }
     let image = TreeImage::load(&store)?;
     // A packet that comes before its socket would be answered with a reset.
-    let mut lock = lock_connections(&image)?;
+    let endpoints = endpoints_of(&image)?;
+    let mut lock = lock_connections(&endpoints)?;
     // The address must be here before sockets can be bound to it; it is announced when the tree runs.
     let address = moved.as_ref().map(address::Added::add).transpose()?;
     let build = restage(build, &sink, &begin, &image, &restore_options)?;
-    let mut put = put_together(build, &sink, &image, &store, &restore_options, &last)?;
+    let mut put = put_together(build, &sink, &begin, &image, &store, &restore_options, &last)?;
     put.ready.arm()?;
+    // First remembered, then said: the source may ask as soon as it has heard it.
+    registry.waiting();
     send(
         session,
         Body::Prepared(Prepared {
             microseconds: started.elapsed().as_micros() as u64,
         }),
     )?;
-    registry.waiting();
     observer.note(&format!("{}: put together, waits for the decision", begin.name));
+    // Written while the source decides.
+    let mut unfinished = Unfinished::note(options, session, &put.lazy)?;
 
     match receive(session) {
         Ok(Some(Body::Commit(_))) => {}
@@ -202,13 +218,16 @@ fn serve(
     }
     let committed = Instant::now();
     let pid = put.ready.root_pid().unwrap_or_default();
-    registry.committed(pid)?;
+    let mut arrival = Arrival::of(put.ready.pids());
+    registry.committed(&arrival)?;
+    unfinished.may_run = true;
     // Taken away, not dropped: closing its socket waits for a grace period of the kernel, and the tree with it.
     if let Some(lock) = &mut lock {
         lock.unlock().context("unlock the network")?;
     }
     let ran = put.ready.go()?;
-    registry.running(pid);
+    arrival.released = true;
+    registry.running(&arrival, Some(pid));
     if let Some(address) = address {
         address.keep_and_announce();
     }
@@ -222,32 +241,102 @@ fn serve(
             microseconds,
         }),
     );
-    if put.lazy.is_empty() {
-        registry.completed(pid);
+    std::thread::scope(|scope| {
+        let packets = scope.spawn(|| deliver_packets(session, &endpoints, &begin.name, observer));
+        if !put.lazy.is_empty() {
+            let finished = faults.follow(
+                unfinished.served(put.lazy)?,
+                unfinished.notes.clone(),
+                &options.runtime,
+                observer,
+            )?;
+            observer.note(&format!("{}: all memory is here", begin.name));
+            send(session, Body::Finished(finished)).ok();
+        }
+        arrival.complete = true;
+        registry.completed(&arrival);
+        unfinished.may_run = false;
+        // Whether the source hears it or not, the tree runs: it will ask.
         told.ok();
-    } else {
-        let finished = follow(put.lazy, faults, &options.runtime, observer)?;
-        registry.completed(pid);
-        observer.note(&format!("{}: all memory is here", begin.name));
-        send(session, Body::Finished(finished)).ok();
-    }
+        let _ = packets.join();
+        Ok::<_, Error>(())
+    })?;
     session.close_blocking().ok();
     let _ = pump.finished_blocking();
     Ok(Outcome::Running { pid })
 }
 
-/// Keeps packets of the tree's connections away until its sockets are there.
-fn lock_connections(image: &TreeImage) -> Result<Option<NetworkLock>> {
-    let mut connections = Vec::new();
-    for entry in image.files.values() {
-        connections.extend(crate::resource::fd::kind_of(entry)?.connection_of(entry)?);
+/// What is noted about missing memory, for a server after us. Forgotten with this, but for a tree that may run.
+struct Unfinished {
+    notes: Option<Arc<Notes>>,
+    may_run: bool,
+}
+
+impl Unfinished {
+    fn note(options: &Options, session: &Session, lazy: &[LazyTask]) -> Result<Unfinished> {
+        let arrivals = options.arrivals.as_ref().filter(|_| !lazy.is_empty());
+        let create = |arrivals: &Arrivals| Notes::create(&arrivals.unfinished(session.request().session_id), lazy);
+        Ok(Unfinished {
+            notes: arrivals.map(create).transpose()?,
+            may_run: false,
+        })
     }
+
+    fn served(&self, lazy: Vec<LazyTask>) -> Result<Vec<Served>> {
+        let numbered = lazy.into_iter().zip(0..);
+        numbered
+            .map(|(task, number)| task.served(self.notes.as_ref().map(|notes| (notes, number))))
+            .collect()
+    }
+}
+
+impl Drop for Unfinished {
+    fn drop(&mut self) {
+        if let Some(notes) = self.notes.as_ref().filter(|_| !self.may_run) {
+            notes.remove();
+        }
+    }
+}
+
+/// Where packets will come in to the tree.
+fn endpoints_of(image: &TreeImage) -> Result<Endpoints> {
+    let mut endpoints = Endpoints::default();
+    for entry in image.files.values() {
+        endpoints.extend(crate::resource::fd::kind_of(entry)?.endpoint_of(entry)?);
+    }
+    Ok(endpoints)
+}
+
+/// Keeps packets of the tree's connections away until its sockets are there.
+fn lock_connections(endpoints: &Endpoints) -> Result<Option<NetworkLock>> {
+    // Datagrams are received as soon as their sockets are there, and wait.
+    let connections = endpoints.tcp();
     if connections.is_empty() {
         return Ok(None);
     }
     let mut lock = NetworkLock::new_in_current_netns().context("lock the network")?;
     lock.lock(&connections).context("lock the network")?;
     Ok(Some(lock))
+}
+
+/// Delivers what came to the source for the tree, until nothing more is to come.
+fn deliver_packets(session: &Session, endpoints: &Endpoints, name: &str, observer: &dyn Observer) {
+    let interest = Interest::new(&endpoints.connections, &endpoints.listeners).with_datagrams(&endpoints.datagrams);
+    let mut all = 0;
+    while let Ok(Some(Body::Packets(Packets { packets, last }))) = receive(session) {
+        match capture::deliver(&packets, &interest) {
+            Ok(delivered) => all += delivered,
+            Err(error) => tracing::warn!(%error, "packets that came to the source are lost"),
+        }
+        if last {
+            break;
+        }
+    }
+    if all > 0 {
+        observer.note(&format!(
+            "{name}: {all} packets that came to the old place were delivered"
+        ));
+    }
 }
 
 /// Every reason why this tree cannot run here, as far as it can be told without making anything.
@@ -342,6 +431,7 @@ fn stage(begin: &Begin, options: restore::Options) -> Result<(Build, StandbySink
         }
         mapping::validate(&task.vmas)?;
         skeleton.ranges.extend(task.vmas.iter().map(|vma| (vma.start, vma.end)));
+        skeleton.flags.insert(entry.pid, task.flags);
         skeleton.tasks.push((entry, task.zombie));
     }
     let mut build = Build::tasks(&skeleton, options)?;
@@ -379,16 +469,17 @@ fn restage(
     options: &restore::Options,
 ) -> Result<Build> {
     let skeleton = Skeleton::of(image);
-    let ids = |entry: &PstreeEntry, zombie: bool| (entry.pid, entry.ppid, entry.pgid, entry.sid, zombie);
+    let ids =
+        |entry: &PstreeEntry, zombie: bool, flags: u64| (entry.pid, entry.ppid, entry.pgid, entry.sid, zombie, flags);
     let staged: HashSet<_> = begin
         .tasks
         .iter()
-        .filter_map(|task| task.entry.as_ref().map(|entry| ids(entry, task.zombie)))
+        .filter_map(|task| task.entry.as_ref().map(|entry| ids(entry, task.zombie, task.flags)))
         .collect();
     let wanted: HashSet<_> = skeleton
         .tasks
         .iter()
-        .map(|(entry, zombie)| ids(entry, *zombie))
+        .map(|(entry, zombie)| ids(entry, *zombie, skeleton.flags.get(&entry.pid).copied().unwrap_or(0)))
         .collect();
     if staged == wanted {
         return Ok(build);
@@ -420,6 +511,7 @@ struct PutTogether<'a> {
 fn put_together<'a>(
     mut build: Build,
     sink: &StandbySink,
+    begin: &Begin,
     image: &'a TreeImage,
     store: &'a MemStore,
     options: &'a restore::Options,
@@ -442,7 +534,12 @@ fn put_together<'a>(
     for task in living() {
         let pid = task.entry.pid;
         let failed = |error: Error| error.task(pid as i32);
-        let covered = align_staged(&mut build, sink, task).map_err(failed)?;
+        let shape = begin
+            .tasks
+            .iter()
+            .find(|shape| shape.entry.as_ref().is_some_and(|entry| entry.pid == pid));
+        let shape = shape.map_or(&[][..], |shape| &shape.vmas[..]);
+        let covered = align_staged(&mut build, sink, shape, task).map_err(failed)?;
         let vdso = vdso_contents(sink, task);
         let waits = |start: u64, end: u64| sink.lock().waits_for(pid, start, end);
         let made = build
@@ -466,7 +563,15 @@ fn put_together<'a>(
             Some((task.entry.pid, (vma.start, vma.end)))
         })
         .collect();
+    // A page that waits and is to follow was written again since: what waits is old, and would be taken for the program's.
+    let follows = |object, address| match object {
+        MemoryObject::Task(pid) => lazy.get(&pid).is_some_and(|missing| missing.contains(address)),
+        MemoryObject::Shmem(_) => false,
+    };
     for ((object, address), bytes) in waiting {
+        if follows(object, address) {
+            continue;
+        }
         let vdso = match object {
             MemoryObject::Task(pid) => kernels_own
                 .get(&pid)
@@ -488,10 +593,10 @@ fn put_together<'a>(
         }
     }
     for (pid, patches) in &patches {
-        let memory = crate::remote::RemoteMemory::new(build.tid_of(*pid)?);
+        let memory = RemoteMemory::new(build.tid_of(*pid)?);
         patches
             .iter()
-            .try_for_each(|(at, bytes)| memory.write_forced(crate::remote::RemoteAddr(*at), bytes))?;
+            .try_for_each(|(at, bytes)| memory.write_forced(RemoteAddr(*at), bytes))?;
     }
     for task in living() {
         build
@@ -506,7 +611,12 @@ fn put_together<'a>(
 
 /// Makes the staged mappings of a task those of the image, where they are not already; returns the image's mappings that
 /// need nothing more.
-fn align_staged(build: &mut Build, sink: &StandbySink, task: &TaskImage) -> Result<HashSet<(u64, u64)>> {
+fn align_staged(
+    build: &mut Build,
+    sink: &StandbySink,
+    staged_shape: &[VmaEntry],
+    task: &TaskImage,
+) -> Result<HashSet<(u64, u64)>> {
     let pid = task.entry.pid;
     let staged = match sink.lock().tasks.get_mut(&pid) {
         Some(task) => std::mem::take(&mut task.staged),
@@ -548,7 +658,48 @@ fn align_staged(build: &mut Build, sink: &StandbySink, task: &TaskImage) -> Resu
     build.run_in(pid, &program)?;
     let plans: Vec<Plan<'_>> = pieces.iter().map(|vma| Plan { vma, writable: false }).collect();
     build.map(pid, &plans, &HashMap::new())?;
+    let as_staged: HashSet<(u64, u64)> = staged_shape.iter().map(|vma| (vma.start, vma.end)).collect();
+    let changed: HashSet<_> = covered.difference(&as_staged).copied().collect();
+    if !changed.is_empty() {
+        relay_split(build, task, &changed)?;
+    }
     Ok(covered)
+}
+
+/// Maps those mappings anew that came to consist of several. The kernel joins a new piece with the neighbour on its left if
+/// it can, and never two whose pages have been touched; but what was one mapping at the source must be one here, or its
+/// owner's mremap(2) would fail.
+fn relay_split(build: &mut Build, task: &TaskImage, changed: &HashSet<(u64, u64)>) -> Result<()> {
+    let pid = task.entry.pid;
+    let tid = build.tid_of(pid)?;
+    let maps = procfs::maps::parse(&procfs::read(tid, "maps")?)?;
+    let is_whole = |vma: &VmaEntry| {
+        let at = maps.partition_point(|map| map.end <= vma.start);
+        maps.get(at)
+            .is_some_and(|map| map.start <= vma.start && vma.end <= map.end)
+    };
+    let split = |vma: &&VmaEntry| changed.contains(&(vma.start, vma.end)) && !is_whole(vma);
+    let pages = Pages::open(tid)?;
+    let memory = RemoteMemory::new(tid);
+    for vma in task.mm.vmas.iter().filter(split) {
+        tracing::debug!("mapping {:#x}-{:#x} is laid anew", vma.start, vma.end);
+        let (mut runs, mut kept) = (Vec::new(), Vec::new());
+        pages.own(vma.start, vma.end, &mut runs)?;
+        for run in &runs {
+            let mut bytes = vec![0; run.bytes() as usize];
+            pages.read(std::slice::from_ref(run), &mut bytes)?;
+            kept.push((run.start, bytes));
+        }
+        let mut program = Program::new();
+        let range = [vma.start.into(), (vma.end - vma.start).into()];
+        program.call("unmap a mapping in pieces", libc::SYS_munmap, &range);
+        build.run_in(pid, &program)?;
+        build.map(pid, &[Plan { vma, writable: false }], &HashMap::new())?;
+        for (start, bytes) in kept {
+            memory.write_forced(RemoteAddr(start), &bytes)?;
+        }
+    }
+    Ok(())
 }
 
 /// The code of the vdso that the source had, where it was sent.
@@ -569,54 +720,4 @@ fn forget(build: &mut Build, pid: u32, missing: &RunSet) -> Result<()> {
         program.call("drop a stale page", libc::SYS_madvise, &args);
     }
     build.run_in(pid, &program).map(drop)
-}
-
-/// Serves faults and fetches the rest until all memory is here. Links come and go; the tasks wait.
-fn follow(
-    lazy: Vec<LazyTask>,
-    faults: &Receiver<FaultLink>,
-    runtime: &tokio::runtime::Handle,
-    observer: &dyn Observer,
-) -> Result<Finished> {
-    let link = faults.recv().context("await the connection for page requests")?;
-    let ask = |link| {
-        let _inside = runtime.enter();
-        FaultClient::new(link).context("ask for pages")
-    };
-    // The source makes two connections: what is fetched in the background must not be in a fault's way.
-    let mut clients = vec![ask(link)?];
-    if let Ok(link) = faults.recv_timeout(SECOND_LINK) {
-        clients.push(ask(link)?);
-    }
-    let mut spare = Vec::new();
-    let urgent = Arc::new(Urgent(clients[0].clone()));
-    let bulk = Arc::new(clients[clients.len() - 1].clone());
-    let mut serving = Serving::start(lazy, urgent, bulk)?;
-    loop {
-        match serving.wait(Duration::from_millis(200)) {
-            Ok(Some(progress)) => {
-                clients.iter().for_each(FaultClient::close);
-                serving.finish();
-                return Ok(Finished {
-                    faults: progress.stats.faults,
-                    pages: progress.stats.fault_pages + progress.stats.prefetched,
-                    fault_p50: progress.stats.fault_p50.as_micros() as u64,
-                    fault_p99: progress.stats.fault_p99.as_micros() as u64,
-                });
-            }
-            Ok(None) => {
-                spare.extend(faults.try_iter());
-                for client in clients.iter().filter(|client| !client.is_connected()) {
-                    let Some(link) = spare.pop() else { break };
-                    observer.note("the source is back");
-                    client.replace_connection(link).ok();
-                    serving.retry_now();
-                }
-            }
-            Err(error) => {
-                clients.iter().for_each(FaultClient::close);
-                return Err(error);
-            }
-        }
-    }
 }

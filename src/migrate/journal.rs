@@ -17,11 +17,38 @@ pub struct Decision {
     pub destination: String,
     /// The processes of the tree, in the source's pid namespace, with their start times.
     pub tasks: Vec<(i32, u64)>,
+    /// Those of them that were stopped before, and stay so if the tree goes on here.
+    #[serde(default)]
+    pub were_stopped: Vec<i32>,
 }
 
 /// Where decisions are kept.
 #[derive(Clone, Debug)]
 pub struct Journal(PathBuf);
+
+/// The right to move a tree, which one tool at a time has. It ends with its process, however that ends.
+#[derive(Debug)]
+pub struct Claim {
+    file: std::fs::File,
+    path: PathBuf,
+}
+
+impl Claim {
+    /// Is this file still the one of its name? Whoever had it before may have removed it meanwhile.
+    fn is_current(&self) -> bool {
+        use std::os::unix::fs::MetadataExt;
+        let number = |metadata: std::io::Result<std::fs::Metadata>| metadata.ok().map(|metadata| metadata.ino());
+        let ours = number(self.file.metadata());
+        ours.is_some() && ours == number(std::fs::metadata(&self.path))
+    }
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        // While it is locked: nobody else can have this one.
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
 
 impl Journal {
     /// A journal in `directory`, which is made when it is missing.
@@ -32,6 +59,35 @@ impl Journal {
         let failed = || Error::new("open the journal").object(directory.display().to_string());
         std::fs::create_dir_all(directory).with(failed)?;
         Ok(Journal(directory.to_owned()))
+    }
+
+    /// Claims a tree.
+    ///
+    /// # Errors
+    /// When another tool moves it.
+    pub fn claim(&self, root: i32) -> Result<Claim> {
+        use rustix::fs::FlockOperation;
+        let path = self.0.join(format!("migration-{root}.lock"));
+        let failed = || Error::new("migrate").task(root).object(path.display().to_string());
+        loop {
+            let file = std::fs::File::create(&path).with(failed)?;
+            match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) => {}
+                Err(rustix::io::Errno::WOULDBLOCK) => {
+                    return Err(failed()
+                        .because("another whimbrel is moving it just now")
+                        .hint("wait for that one, or cancel it"));
+                }
+                Err(errno) => return Err(std::io::Error::from(errno)).with(failed),
+            }
+            let path = path.clone();
+            let claim = Claim { file, path };
+            if claim.is_current() {
+                return Ok(claim);
+            }
+            // Not ours to remove.
+            std::mem::forget(claim);
+        }
     }
 
     fn path(&self, root: i32) -> PathBuf {
@@ -80,80 +136,21 @@ impl Journal {
     }
 }
 
-/// The destination's notes: which trees have come to run here.
-#[derive(Clone, Debug)]
-pub struct Arrivals(PathBuf);
-
-#[derive(Debug, Serialize, Deserialize)]
-struct Arrival {
-    root: i32,
-    start: u64,
-    released: bool,
-    complete: bool,
-}
-
-impl Arrivals {
-    /// Notes in `directory`, which is made when it is missing.
-    ///
-    /// # Errors
-    /// When it cannot be made.
-    pub fn open(directory: &Path) -> Result<Arrivals> {
-        let failed = || Error::new("open the notes of arrivals").object(directory.display().to_string());
-        std::fs::create_dir_all(directory).with(failed)?;
-        Ok(Arrivals(directory.to_owned()))
-    }
-
-    fn path(&self, session: &str) -> Option<PathBuf> {
-        // The name comes from a peer.
-        let plain = !session.is_empty()
-            && session.len() <= 64
-            && session.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-');
-        plain.then(|| self.0.join(format!("arrived-{session}.json")))
-    }
-
-    /// Notes that the tree of a session may run (`released`: does run) with this root.
-    ///
-    /// # Errors
-    /// When it cannot be written.
-    pub fn note(&self, session: &str, root: i32, released: bool, complete: bool) -> Result<()> {
-        let failed = || Error::new("note an arrival").object(session.to_owned());
-        let path = self.path(session).ok_or_else(failed)?;
-        let arrival = Arrival {
-            root,
-            start: start_time(root).unwrap_or(0),
-            released,
-            complete,
-        };
-        let temporary = path.with_extension("tmp");
-        std::fs::write(&temporary, serde_json::to_vec(&arrival).with(failed)?).with(failed)?;
-        std::fs::rename(&temporary, &path).with(failed)
-    }
-
-    fn read(&self, session: &str) -> Option<Arrival> {
-        serde_json::from_slice(&std::fs::read(self.path(session)?).ok()?).ok()
-    }
-
-    /// Has the tree of a session come to run here? One whose root was not released when its server died, died with it.
-    pub fn has(&self, session: &str) -> bool {
-        let alive = |arrival: &Arrival| start_time(arrival.root).is_some_and(|start| start == arrival.start);
-        self.read(session)
-            .is_some_and(|arrival| arrival.released || alive(&arrival))
-    }
-
-    /// Is all of its memory here?
-    pub fn is_complete(&self, session: &str) -> bool {
-        self.read(session).is_some_and(|arrival| arrival.complete)
-    }
-}
-
-fn start_time(pid: i32) -> Option<u64> {
-    let text = crate::procfs::read(pid, "stat").ok()?;
-    crate::procfs::stat::parse(&text).ok().map(|stat| stat.starttime)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_tree_is_claimed_by_one_at_a_time() {
+        let directory = tempfile::tempdir().unwrap();
+        let journal = Journal::open(directory.path()).unwrap();
+        let claim = journal.claim(7).unwrap();
+        assert!(journal.claim(7).unwrap_err().chain().contains("another whimbrel"));
+        drop(journal.claim(8).unwrap());
+        drop(claim);
+        drop(journal.claim(7).unwrap());
+        assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0);
+    }
 
     #[test]
     fn a_decision_is_kept_until_its_outcome_is_known() {
@@ -163,27 +160,12 @@ mod tests {
             session: "ab".into(),
             destination: "h:1".into(),
             tasks: vec![(7, 9)],
+            were_stopped: vec![7],
         };
         assert_eq!(journal.read(7).unwrap(), None);
         journal.write(7, &decision).unwrap();
         assert_eq!(journal.read(7).unwrap(), Some(decision));
         journal.clear(7).unwrap();
         assert_eq!(journal.read(7).unwrap(), None);
-    }
-
-    #[test]
-    fn an_arrival_that_was_never_released_counts_only_while_its_root_lives() {
-        let directory = tempfile::tempdir().unwrap();
-        let arrivals = Arrivals::open(directory.path()).unwrap();
-        assert!(!arrivals.has("aa"));
-        arrivals.note("aa", std::process::id() as i32, false, false).unwrap();
-        assert!(arrivals.has("aa") && !arrivals.is_complete("aa"));
-        let mut child = std::process::Command::new("true").spawn().unwrap();
-        arrivals.note("bb", child.id() as i32, false, false).unwrap();
-        child.wait().unwrap();
-        assert!(!arrivals.has("bb"));
-        arrivals.note("bb", child.id() as i32, true, true).unwrap();
-        assert!(arrivals.has("bb") && arrivals.is_complete("bb"));
-        assert!(arrivals.note("../x", 1, true, true).is_err());
     }
 }

@@ -17,9 +17,12 @@
 //! Before Commit any failure lets the source go on and removes what the destination made. After it the source stays
 //! frozen until the destination has said that the tree runs, or that it never will.
 
+pub mod arrivals;
 pub mod destination;
+pub mod follow;
 pub mod journal;
 pub mod policy;
+pub mod protocol;
 pub mod report;
 pub mod server;
 pub mod source;

@@ -46,7 +46,7 @@ pub struct Limits {
 /// Time that freezing, images and putting together take whatever the memory, as a first guess.
 const FIXED: Duration = Duration::from_millis(8);
 /// Below this many pages a round is not worth its overhead.
-const FEW: u64 = 256;
+pub const FEW: u64 = 256;
 
 /// Decides after a round. The pages that a round sent are what the next one will find, at best, when rounds take equally
 /// long; while they get fewer, the next round is shorter and finds less.

@@ -146,6 +146,32 @@ impl Standby {
         Ok(())
     }
 
+    /// Pages of zeros: what is in place is made so, if it is not; what waits for its mapping waits with its bytes, for over
+    /// a file zeros are not nothing.
+    fn zeros(&mut self, object: MemoryObject, run: PageRun) -> io::Result<()> {
+        self.zero(object, run)?;
+        let MemoryObject::Task(pid) = object else { return Ok(()) };
+        let mut rest = RunSet::from_runs(&[run]);
+        if let Some(task) = self.tasks.get(&pid) {
+            rest = rest.subtract(&task.staged);
+        }
+        for run in rest.runs() {
+            for page in 0..run.pages {
+                let address = run.start + page * PAGE;
+                self.write(
+                    object,
+                    PageRun {
+                        start: address,
+                        pages: 1,
+                    },
+                    &[0; PAGE_SIZE],
+                )?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Pages that are not populated.
     fn zero(&mut self, object: MemoryObject, run: PageRun) -> io::Result<()> {
         for page in 0..run.pages {
             self.waiting.remove(&(object, run.start + page * PAGE));
@@ -187,6 +213,10 @@ impl StandbySink {
 impl PageSink for StandbySink {
     fn write_pages(&mut self, object: MemoryObject, run: PageRun, data: &[u8]) -> io::Result<()> {
         self.lock().write(object, run, data)
+    }
+
+    fn zeros(&mut self, object: MemoryObject, run: PageRun) -> io::Result<()> {
+        self.lock().zeros(object, run)
     }
 
     fn zero_pages(&mut self, object: MemoryObject, run: PageRun) -> io::Result<()> {

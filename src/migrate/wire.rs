@@ -22,6 +22,9 @@ pub struct TaskShape {
     /// Which of them get their contents before the freeze: indices.
     #[prost(uint32, repeated, tag = "4")]
     pub staged: Vec<u32>,
+    /// Flags of clone(2) for tables that it shares with its parent.
+    #[prost(uint64, tag = "5")]
+    pub flags: u64,
 }
 
 /// A file that must be the same on both hosts.
@@ -74,6 +77,13 @@ pub struct Begin {
     /// The root, in the source's words, for messages.
     #[prost(string, tag = "11")]
     pub name: String,
+    /// The port of the source's socket that page requests will be answered from; 0 when there will be none.
+    #[prost(uint32, tag = "12")]
+    pub fault_port: u32,
+    /// What tells the tree's root from every other process of every host. Only one tool at a time moves it, so an earlier
+    /// session for it has no tool any more. Empty: not known.
+    #[prost(string, tag = "13")]
+    pub tree: String,
 }
 
 /// The destination is ready, or not.
@@ -147,6 +157,17 @@ pub struct Finished {
     pub fault_p99: u64,
 }
 
+/// Packets that came to the source while the network was locked, or later.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Packets {
+    /// Whole IP packets.
+    #[prost(bytes = "vec", repeated, tag = "1")]
+    pub packets: Vec<Vec<u8>>,
+    /// No more are to come.
+    #[prost(bool, tag = "2")]
+    pub last: bool,
+}
+
 /// What became of a migration?
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct Query {
@@ -195,11 +216,13 @@ pub enum Body {
     Answer(Answer),
     #[prost(bool, tag = "11")]
     Abort(bool),
+    #[prost(message, tag = "12")]
+    Packets(Packets),
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
 struct Envelope {
-    #[prost(oneof = "Body", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11")]
+    #[prost(oneof = "Body", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12")]
     body: Option<Body>,
 }
 

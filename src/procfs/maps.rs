@@ -27,6 +27,8 @@ pub struct Mapping {
     pub rss: u64,
     /// Swapped pages in bytes (smaps' `Swap`).
     pub swap: u64,
+    /// Its protection key, 0 where none was given (smaps' `ProtectionKey`).
+    pub key: u32,
 }
 
 impl Mapping {
@@ -147,6 +149,11 @@ fn field(mapping: &mut Mapping, line: &[u8]) {
         mapping.rss = kilobytes(size);
     } else if let Some(size) = line.strip_prefix(b"Swap:") {
         mapping.swap = kilobytes(size);
+    } else if let Some(key) = line.strip_prefix(b"ProtectionKey:") {
+        mapping.key = std::str::from_utf8(key)
+            .ok()
+            .and_then(|key| key.trim().parse().ok())
+            .unwrap_or(0);
     }
 }
 

@@ -25,3 +25,11 @@ pub fn read(pid: i32, name: &str) -> crate::error::Result<Vec<u8>> {
     };
     open().map_err(|source| crate::error::Error::new("read").task(pid).object(path).because(source))
 }
+
+/// When the task `pid` was started, in clock ticks since boot: with its id, what tells it from every other. `None` when it
+/// has ended, a zombie included.
+pub fn living_since(pid: i32) -> Option<u64> {
+    let text = read(pid, "stat").ok()?;
+    let stat = stat::parse(&text).ok()?;
+    (!matches!(stat.state, b'Z' | b'X')).then_some(stat.starttime)
+}

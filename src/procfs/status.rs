@@ -25,6 +25,10 @@ pub struct Status {
     /// 0 none, 1 strict, 2 filter.
     pub seccomp: u32,
     pub threads: u32,
+    /// Processors that it may run on, bit n for processor n from the lowest of the first byte.
+    pub cpus_allowed: Vec<u8>,
+    /// The process that traces it; 0 for none.
+    pub tracer_pid: i32,
     pub rss_kb: u64,
 }
 
@@ -74,15 +78,35 @@ pub fn parse(text: &[u8]) -> Result<Status> {
         no_new_privs: field("NoNewPrivs") == Some("1"),
         seccomp: field("Seccomp").and_then(|mode| mode.parse().ok()).unwrap_or(0),
         threads: field("Threads").and_then(|count| count.parse().ok()).unwrap_or(1),
+        cpus_allowed: field("Cpus_allowed").map(bitmap).unwrap_or_default(),
+        tracer_pid: field("TracerPid").and_then(|pid| pid.parse().ok()).unwrap_or(0),
         rss_kb: field("VmRSS")
             .and_then(|rss| rss.trim_end_matches(" kB").parse().ok())
             .unwrap_or(0),
     })
 }
 
+/// A bitmap as the kernel prints it: hexadecimal groups of 32 bits, the highest first. Empty when it is damaged.
+fn bitmap(text: &str) -> Vec<u8> {
+    let group = |group: &str| u32::from_str_radix(group, 16).ok();
+    let groups: Option<Vec<u32>> = text.rsplit(',').map(group).collect();
+    groups
+        .unwrap_or_default()
+        .iter()
+        .flat_map(|group| group.to_le_bytes())
+        .collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn bitmaps_of_more_than_one_group_are_read() {
+        assert_eq!(bitmap("3"), [3, 0, 0, 0]);
+        assert_eq!(bitmap("80000000,00000102"), [2, 1, 0, 0, 0, 0, 0, 0x80]);
+        assert!(bitmap("x").is_empty());
+    }
 
     #[test]
     fn our_own_status_is_read() {

@@ -20,6 +20,10 @@ use crate::stub::{StubContext, layout};
 /// Bytes of arena that a living process gets.
 const ARENA_SIZE: u64 = 512 << 10;
 
+/// How often a thread's first report is looked for without a pause, some 20 µs in all, and how long the pauses are then.
+const EAGER_LOOKS: u32 = 20;
+const BETWEEN_LOOKS: std::time::Duration = std::time::Duration::from_micros(10);
+
 /// Where in the context the second descriptor is.
 const DESCRIPTOR_OF_OURS: u64 = std::mem::offset_of!(StubContext, descriptors) as u64 + 4;
 
@@ -77,12 +81,10 @@ impl Gadgets {
         candidates.sort_by_key(|m| !m.name.windows(3).any(|w| w == b"lib") as u8 * 2 + !name_is_libc(&m.name) as u8);
         let restorer = candidates.into_iter().find_map(|mapping| {
             let key = (mapping.device, mapping.inode);
-            let in_file = *cache.restorers.entry(key).or_insert_with(|| {
-                let text = memory
-                    .read_vec(RemoteAddr(mapping.start), mapping.len() as usize)
-                    .ok()?;
-                arch::find_restorer(&text).map(|offset| mapping.offset + offset as u64)
-            });
+            let in_file = *cache
+                .restorers
+                .entry(key)
+                .or_insert_with(|| find_restorer(&memory, mapping).map(|offset| mapping.offset + offset));
             in_file
                 .filter(|offset| (mapping.offset..mapping.offset + mapping.len()).contains(offset))
                 .map(|offset| RemoteAddr(mapping.start + offset - mapping.offset))
@@ -93,6 +95,21 @@ impl Gadgets {
             restorer,
         })
     }
+}
+
+/// Searches a mapping piece by piece: it is large, and what is looked for mostly lies near its start.
+fn find_restorer(memory: &RemoteMemory, mapping: &Mapping) -> Option<u64> {
+    const PIECE: u64 = 64 << 10;
+    /// More than the instructions are long: they may lie across two pieces.
+    const OVERLAP: u64 = 64;
+    let starts = (0..mapping.len()).step_by(PIECE as usize);
+    starts.into_iter().find_map(|start| {
+        let length = (PIECE + OVERLAP).min(mapping.len() - start);
+        let text = memory
+            .read_vec(RemoteAddr(mapping.start + start), length as usize)
+            .ok()?;
+        arch::find_restorer(&text).map(|offset| start + offset as u64)
+    })
 }
 
 fn name_is_libc(path: &[u8]) -> bool {
@@ -344,6 +361,13 @@ impl StubProcess {
 
     /// Prepares the way back: the heal chain in memory that the thread does not use.
     fn protect(&self, thread: &Stopped, home: &mut Home, maps: &[Mapping]) -> Result<arch::HealChain> {
+        // Its filters are not made for our calls.
+        if let Err(error) = thread.suspend_seccomp(false) {
+            let status = crate::procfs::status::parse(&crate::procfs::read(thread.tid(), "status")?)?;
+            if status.seccomp != 0 {
+                return Err(error);
+            }
+        }
         let restorer = self.gadgets.restorer.unwrap_or_default();
         let gadget = (self.gadgets.syscall.0, self.gadgets.pops);
         let chain = arch::build_heal_chain(
@@ -423,13 +447,17 @@ impl StubProcess {
         let running = self.start(thread, &visitor.home, 0, base.0, base.0 + program.end_offset())?;
         visitor.state = State::Waiting(running);
 
-        // No descriptor to be told on yet: look at the report in memory.
+        // No descriptor to be told on yet: look at the report in memory. On a busy machine the thread waits for its turn,
+        // and who yields all the time goes to the end of every queue: after a few looks, sleep in between.
+        let mut looks = 0u32;
         let report = loop {
             let bytes = self.memory.read_vec(context + 24, 8)?;
             match u64::from_le_bytes(bytes.try_into().unwrap_or_default()) {
-                0 => std::thread::yield_now(),
+                0 if looks < EAGER_LOOKS => std::hint::spin_loop(),
+                0 => std::thread::sleep(BETWEEN_LOOKS),
                 position => break position,
             }
+            looks += 1;
         };
         let bytes = self.memory.read_vec(base, program.size())?;
         let stopped_at = report.saturating_sub(base.0) as usize / size_of::<crate::stub::Call>();
@@ -446,11 +474,11 @@ impl StubProcess {
         let (theirs, ours) = (end(0), end(4));
         let taken = crate::kernel::sys::take_descriptor(self.pid, ours)
             .with(|| Error::new("take the stub's socket").task(self.pid))?;
-        // The report of the first program is in the socket: drop it.
-        let mut first = [0u8; 8];
-        rustix::net::recv(&taken, &mut first[..], rustix::net::RecvFlags::DONTWAIT).ok();
         self.channel = Some(Channel(taken));
         self.remote_descriptor = theirs;
+        // The report of the first program comes over the socket, too, and maybe only now: left there, it would be taken for
+        // that of the next.
+        self.await_report(visitor)?;
 
         let mut program = Program::new();
         let forever = program.data(&[0u8; 16]);
@@ -584,8 +612,9 @@ impl StubProcess {
 /// Copies a word inside the process: the program itself notes what it did, however early the controller dies. Two vectors
 /// of struct iovec, one element each. A process may always read itself (ptrace(2), "Ptrace access mode checking").
 fn note(program: &mut Program, to: Buffer, from: Buffer) {
-    let pid = program.call("get its pid", libc::SYS_getpid, &[]);
-    let args = [pid.into(), to.into(), 1.into(), from.into(), 1.into(), 0.into()];
+    // A dead leader has no memory, so that the id of the process may lead to none.
+    let tid = program.call("get its id", libc::SYS_gettid, &[]);
+    let args = [tid.into(), to.into(), 1.into(), from.into(), 1.into(), 0.into()];
     program.call_expecting(
         "note a descriptor",
         Expect::Exactly(4),

@@ -119,15 +119,6 @@ impl RemoteMemory {
         Ok(())
     }
 
-    /// Writes what a window of a file shows at `address`. Tells whether all of it was written.
-    pub fn write_window(&self, address: RemoteAddr, window: &crate::kernel::mm::Window) -> bool {
-        let local = iovec(RemoteAddr(window.address()), window.length());
-        let remote = iovec(address, window.length());
-        // SAFETY: the kernel only reads from the window, which lives as long as the borrow; both addresses are checked by it.
-        let written = unsafe { libc::process_vm_writev(self.pid, &local, 1, &remote, 1, 0) };
-        written as usize == window.length()
-    }
-
     /// Writes where the mapping itself is not writable, as a debugger does (private mappings are copied first).
     ///
     /// # Errors

@@ -93,6 +93,8 @@ struct Step {
     expect: Expect,
     args: [Arg; 6],
     what: String,
+    /// Its failure does not stop the program, but is told.
+    told: bool,
 }
 
 /// A list of system calls with their data.
@@ -156,6 +158,14 @@ impl Program {
         self.call_expecting("", Expect::Anything, nr, args)
     }
 
+    /// As [`Program::try_call`]; a failure is told in the log, in the words of `what`: for state that is no promise, as a
+    /// hint to the scheduler that this machine cannot follow.
+    pub fn call_or_warn(&mut self, what: impl Into<String>, nr: i64, args: &[Arg]) -> CallId {
+        let call = self.call_expecting(what, Expect::Anything, nr, args);
+        self.steps[call.0].told = true;
+        call
+    }
+
     /// Adds a call that must return exactly `wanted`.
     pub fn call_expecting(&mut self, what: impl Into<String>, expect: Expect, nr: i64, args: &[Arg]) -> CallId {
         let mut all = [Arg::Value(0); 6];
@@ -165,6 +175,7 @@ impl Program {
             expect,
             args: all,
             what: what.into(),
+            told: false,
         });
         CallId(self.steps.len() - 1)
     }
@@ -172,6 +183,13 @@ impl Program {
     /// Names a call for an error message.
     pub fn describe(&self, index: usize) -> &str {
         self.steps.get(index).map_or("", |step| &step.what)
+    }
+
+    /// Failures that did not stop the program, but are to be told: what failed, and why.
+    pub(super) fn told<'a>(&'a self, outcome: &'a Outcome) -> impl Iterator<Item = (&'a str, std::io::Error)> {
+        let told = self.steps.iter().enumerate().filter(|(_, step)| step.told);
+        told.take_while(|(index, _)| *index < outcome.stopped_at)
+            .filter_map(|(index, step)| Some((step.what.as_str(), outcome.checked(CallId(index)).err()?)))
     }
 
     /// Size in the task's memory, in bytes.

@@ -140,19 +140,16 @@ impl Puppet {
                 .because("it is larger than the arena"));
         }
         let memory = RemoteMemory::new(self.tid);
-        memory.write(base, &program.encode(base.0))?;
-        let stopped = self.stopped.take().ok_or_else(|| self.lost())?;
-        let entry = arena.0.0 + layout::TEXT + arch::entry_offset();
-        let registers = stopped
-            .registers()?
-            .at_stub(entry, 0, base.0, base.0 + program.end_offset(), false, 0);
-        stopped.set_registers(&registers)?;
+        let stopped = self.before(arena, program)?;
         let stopped = self.await_trap(stopped.resume()?, newborn)?;
         let position = stopped.registers()?.stub_position();
         self.stopped = Some(stopped);
         let bytes = memory.read_vec(base, program.size())?;
         let stopped_at = position.saturating_sub(base.0) as usize / size_of::<crate::stub::Call>();
         let outcome = program.decode(&bytes, stopped_at);
+        for (what, error) in program.told(&outcome) {
+            tracing::warn!(task = self.tid, "cannot {what}: {error}");
+        }
         check(program, &outcome).map_err(|error| error.task(self.tid))?;
         Ok(outcome)
     }
@@ -227,19 +224,25 @@ impl Puppet {
         self.stopped.take().ok_or_else(|| self.lost())?.detach(0)
     }
 
-    /// Lets it run a last program that ends it, and delivers `signal` if it is to die by one.
-    ///
-    /// # Errors
-    /// When it died before.
-    pub fn end(mut self, arena: Arena, program: &Program, signal: Option<i32>) -> Result<()> {
-        let stopped = self.stopped.take().ok_or_else(|| self.lost())?;
+    /// Writes a program into the arena, and stands it right before the first call.
+    fn before(&mut self, arena: Arena, program: &Program) -> Result<Stopped> {
         let base = arena.0 + layout::PROGRAM;
         RemoteMemory::new(self.tid).write(base, &program.encode(base.0))?;
+        let stopped = self.stopped.take().ok_or_else(|| self.lost())?;
         let entry = arena.0.0 + layout::TEXT + arch::entry_offset();
         let registers = stopped
             .registers()?
             .at_stub(entry, 0, base.0, base.0 + program.end_offset(), false, 0);
         stopped.set_registers(&registers)?;
+        Ok(stopped)
+    }
+
+    /// Lets it run a last program that ends it, and delivers `signal` if it is to die by one.
+    ///
+    /// # Errors
+    /// When it died before.
+    pub fn end(mut self, arena: Arena, program: &Program, signal: Option<i32>) -> Result<()> {
+        let stopped = self.before(arena, program)?;
         let mut running = stopped.resume()?;
         loop {
             match running.wait()? {
@@ -251,6 +254,25 @@ impl Puppet {
                 Waited::Stopped(stopped, _) => running = stopped.resume()?,
             }
         }
+    }
+
+    /// Lets it run a last program that ends this thread, and waits until it has; other threads of its process go on.
+    ///
+    /// # Errors
+    /// When it died before, or does not end.
+    pub fn leave(mut self, arena: Arena, program: &Program) -> Result<()> {
+        let stopped = self.before(arena, program)?;
+        stopped.set_signal_mask(u64::MAX)?;
+        // A leader's end is told to its tracer only with that of the last thread (ptrace(2)): nobody to wait for.
+        stopped.detach(0)?;
+        for _ in 0..10_000 {
+            let stat = crate::procfs::stat::parse(&crate::procfs::read(self.tid, "stat")?)?;
+            if matches!(stat.state, b'Z' | b'X') {
+                return Ok(());
+            }
+            std::thread::sleep(std::time::Duration::from_micros(100));
+        }
+        Err(Error::new("end a thread").task(self.tid).because("it does not end"))
     }
 
     /// Kills the process that it belongs to.

@@ -1,6 +1,7 @@
 //! Threads under ptrace, with their state in the type: what needs a stopped thread takes one.
 
 use std::io;
+use std::time::{Duration, Instant};
 
 use crate::arch::{Registers, XState};
 use crate::error::{Context, Error, Result};
@@ -13,7 +14,9 @@ const NT_PRSTATUS: usize = 1;
 const NT_X86_XSTATE: usize = 0x202;
 const PTRACE_GET_RSEQ_CONFIGURATION: u32 = 0x420f;
 const PTRACE_PEEKSIGINFO: u32 = 0x4209;
+const PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG: u32 = 0x4211;
 const PTRACE_SECCOMP_GET_FILTER: u32 = 0x420c;
+const PTRACE_SECCOMP_GET_METADATA: u32 = 0x420d;
 
 /// Why a thread stopped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,24 +64,12 @@ pub struct Stopped {
 /// # Errors
 /// ESRCH when it is gone, EPERM when it is a kernel thread, already traced, or out of our reach.
 pub fn seize(tid: i32, exit_kill: bool) -> Result<Running> {
-    let mut options = libc::PTRACE_O_TRACESYSGOOD
-        | if exit_kill {
-            libc::PTRACE_O_EXITKILL | libc::PTRACE_O_TRACEFORK | libc::PTRACE_O_TRACECLONE | libc::PTRACE_O_TRACEEXEC
-        } else {
-            0
-        };
-    if !exit_kill {
-        // Only with CAP_SYS_ADMIN; without it, filters that refuse our calls make the program fail with their error.
-        options |= PTRACE_O_SUSPEND_SECCOMP;
-    }
-    let mut result = request(libc::PTRACE_SEIZE, tid, 0, options as usize);
-    if matches!(&result, Err(error) if error.raw_os_error() == Some(libc::EPERM)) && !exit_kill {
-        result = request(
-            libc::PTRACE_SEIZE,
-            tid,
-            0,
-            (options & !PTRACE_O_SUSPEND_SECCOMP) as usize,
-        );
+    let options = options(exit_kill);
+    // Only with CAP_SYS_ADMIN, and only if we are under no seccomp ourselves; see `Stopped::suspend_seccomp`.
+    let suspending = options | PTRACE_O_SUSPEND_SECCOMP;
+    let mut result = request(libc::PTRACE_SEIZE, tid, 0, suspending as usize);
+    if matches!(&result, Err(error) if matches!(error.raw_os_error(), Some(libc::EPERM | libc::EINVAL))) {
+        result = request(libc::PTRACE_SEIZE, tid, 0, options as usize);
     }
     match result {
         Ok(_) => Ok(Running { tid }),
@@ -93,6 +84,15 @@ pub fn seize(tid: i32, exit_kill: bool) -> Result<Running> {
             Err(failure.because(error))
         }
     }
+}
+
+fn options(exit_kill: bool) -> i32 {
+    let more = if exit_kill {
+        libc::PTRACE_O_EXITKILL | libc::PTRACE_O_TRACEFORK | libc::PTRACE_O_TRACECLONE | libc::PTRACE_O_TRACEEXEC
+    } else {
+        0
+    };
+    libc::PTRACE_O_TRACESYSGOOD | more
 }
 
 fn tracer_of(tid: i32) -> Option<i32> {
@@ -187,10 +187,42 @@ impl Running {
     ///
     /// # Errors
     /// When it is gone or not our tracee.
-    pub fn stop(mut self) -> Result<Result<(Stopped, Option<i32>), i32>> {
+    pub fn stop(self) -> Result<Result<(Stopped, Option<i32>), i32>> {
+        self.stop_by(None)
+    }
+
+    /// As [`Running::stop`], of a thread that was seen to sleep where no signal wakes it ("D" in proc_pid_stat(5)): it may
+    /// do so for ever. A failure leaves it attached, to be let go when this thread of ours ends.
+    ///
+    /// # Errors
+    /// As [`Running::stop`], and when it does not wake within `limit`.
+    pub fn stop_within(self, limit: Duration) -> Result<Result<(Stopped, Option<i32>), i32>> {
+        self.stop_by(Some(Instant::now() + limit))
+    }
+
+    fn wait_by(mut self, deadline: Option<Instant>) -> Result<Waited> {
+        let Some(deadline) = deadline else {
+            return self.wait();
+        };
+        loop {
+            let tid = self.tid;
+            match self.try_wait()? {
+                Ok(waited) => return Ok(waited),
+                Err(running) if Instant::now() < deadline => self = running,
+                Err(_) => {
+                    let why = "it sleeps in the kernel, where nothing can stop it: in vfork(2) until its child has executed \
+                               a program, or at a device that does not answer";
+                    return Err(Error::new("stop").task(tid).hint("try again").because(why));
+                }
+            }
+            std::thread::sleep(Duration::from_micros(100));
+        }
+    }
+
+    fn stop_by(mut self, deadline: Option<Instant>) -> Result<Result<(Stopped, Option<i32>), i32>> {
         self.interrupt()?;
         loop {
-            match self.wait()? {
+            match self.wait_by(deadline)? {
                 Waited::Died(status) => return Ok(Err(status)),
                 Waited::Stopped(stopped, StopReason::Interrupt) => return Ok(Ok((stopped, None))),
                 Waited::Stopped(stopped, StopReason::Group(signal)) => return Ok(Ok((stopped, Some(signal)))),
@@ -370,6 +402,19 @@ impl Stopped {
         Ok((address != 0).then_some((address, config[2], config[3])))
     }
 
+    /// Does it have its system calls dispatched to itself? Not to be told before Linux 6.4.
+    pub fn dispatches_system_calls(&self) -> bool {
+        // struct ptrace_sud_config: u64 mode, selector, offset, len.
+        let mut config = [0u64; 4];
+        let asked = request(
+            PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG,
+            self.tid,
+            size_of_val(&config),
+            config.as_mut_ptr() as usize,
+        );
+        asked.is_ok() && config[0] != 0
+    }
+
     /// Pending signals as raw `siginfo_t`: those of the thread, or with `shared` those of the process.
     ///
     /// # Errors
@@ -399,7 +444,42 @@ impl Stopped {
         }
     }
 
-    /// The seccomp filter at `index` (0 is the newest) as raw instructions; `None` past the last one.
+    /// Makes sure that its seccomp filters do not apply while we trace it; `exit_kill` as it was attached.
+    ///
+    /// # Errors
+    /// EPERM without CAP_SYS_ADMIN, or when we are under seccomp ourselves.
+    pub fn suspend_seccomp(&self, exit_kill: bool) -> Result<()> {
+        let options = options(exit_kill) | PTRACE_O_SUSPEND_SECCOMP;
+        request(libc::PTRACE_SETOPTIONS, self.tid, 0, options as usize)
+            .map(drop)
+            .with(|| {
+                Error::new("suspend seccomp")
+                    .task(self.tid)
+                    .hint("run as root (CAP_SYS_ADMIN), and not in a sandbox of seccomp")
+            })
+    }
+
+    /// Has its seccomp filters apply again while we trace it.
+    #[cfg(test)]
+    pub fn resume_seccomp(&self) {
+        request(libc::PTRACE_SETOPTIONS, self.tid, 0, options(true) as usize).unwrap();
+    }
+
+    /// The flags (SECCOMP_FILTER_FLAG_LOG) with which the filter at `index` was installed.
+    ///
+    /// # Errors
+    /// As [`Stopped::seccomp_filter`].
+    pub fn seccomp_filter_flags(&self, index: u64) -> Result<u32> {
+        // struct seccomp_metadata: offset of the filter, its flags.
+        let mut metadata = [index, 0u64];
+        let address = metadata.as_mut_ptr() as usize;
+        request(PTRACE_SECCOMP_GET_METADATA, self.tid, size_of_val(&metadata), address)
+            .with(|| Error::new("read the flags of a seccomp filter").task(self.tid))?;
+        Ok(metadata[1] as u32)
+    }
+
+    /// The seccomp filter at `index` as raw instructions; `None` past the last one. Contrary to what ptrace(2) says, 0 is the
+    /// oldest: the kernel goes back from the newest by all but `index` filters (get_nth_filter in kernel/seccomp.c).
     ///
     /// # Errors
     /// EACCES without CAP_SYS_ADMIN.

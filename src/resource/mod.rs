@@ -16,9 +16,13 @@ pub mod mem;
 pub mod sock;
 pub mod task;
 
-use whimbrel_images::proto::{CoreEntry, FdTypes, FileEntry};
+use std::cell::{OnceCell, RefCell};
+use std::net::SocketAddr;
+
+use whimbrel_images::proto::{CoreEntry, FdTypes, FileEntry, SeccompEntry, TaskCoreEntry};
 
 use crate::error::Result;
+use crate::kernel::nft::{Connection, Protocol};
 use crate::procfs::{stat::Stat, status::Status};
 use crate::remote::{Outcome, Program, Stopped, inject::Home};
 
@@ -40,6 +44,17 @@ pub struct ThreadView<'a, 't> {
     pub stat: &'a Stat,
     /// `/proc/PID/task/TID/status`.
     pub status: &'a Status,
+    /// What is the same for all threads.
+    pub found: &'t Found,
+}
+
+/// What was found out while a tree is dumped, and is the same for all of its threads.
+#[derive(Default)]
+pub struct Found {
+    /// Seccomp filters, those of each thread to be added.
+    pub filters: RefCell<task::seccomp::Filters>,
+    /// The processors that work, as the kernel lists them; read when it is first needed.
+    pub processors: OnceCell<String>,
 }
 
 /// Reads what a kind's calls brought back, into the thread's image.
@@ -67,11 +82,73 @@ pub trait TaskKind: Sync {
     /// When the state cannot be carried: before anything was changed.
     fn dump<'a>(&self, thread: &ThreadView<'a, '_>, program: &mut Program) -> Result<Reader<'a>>;
 
-    /// Adds the calls of a stage to the program of a thread that is being restored. `leader` has the process's state.
+    /// Adds the calls of a stage to the program of a thread that is being restored.
     ///
     /// # Errors
     /// When the image is damaged.
-    fn restore(&self, stage: Stage, thread: &CoreEntry, leader: bool, program: &mut Program) -> Result<()>;
+    fn restore(&self, stage: Stage, thread: &Restoring<'_>, program: &mut Program) -> Result<()>;
+}
+
+/// A thread that is being restored, as a kind of the task family sees it.
+#[derive(Clone, Copy)]
+pub struct Restoring<'a> {
+    /// Its image.
+    pub core: &'a CoreEntry,
+    /// Does it restore the state of the process, too?
+    pub leader: bool,
+    /// All living threads of its process.
+    pub process: &'a [CoreEntry],
+    /// Seccomp filters of the tree.
+    pub filters: &'a SeccompEntry,
+}
+
+impl<'a> Restoring<'a> {
+    /// The state of the process, where and when that is restored: by its leader, at [`Stage::Process`].
+    pub fn process_at(&self, stage: Stage) -> Option<&'a TaskCoreEntry> {
+        (self.core.tc.as_ref()).filter(|_| self.leader && stage == Stage::Process)
+    }
+}
+
+/// Where packets of the network come in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Endpoint {
+    /// A connection.
+    Connection(Connection),
+    /// A TCP socket that listens.
+    Listener(SocketAddr),
+    /// A UDP socket that takes datagrams from anybody.
+    Datagrams(SocketAddr),
+}
+
+/// The endpoints of a tree.
+#[derive(Clone, Debug, Default)]
+pub struct Endpoints {
+    /// Its connections.
+    pub connections: Vec<Connection>,
+    /// Addresses that it listens on.
+    pub listeners: Vec<SocketAddr>,
+    /// Addresses where it takes datagrams from anybody.
+    pub datagrams: Vec<SocketAddr>,
+}
+
+impl Endpoints {
+    /// Its connections of TCP.
+    pub fn tcp(&self) -> Vec<Connection> {
+        let tcp = |connection: &&Connection| connection.protocol == Protocol::Tcp;
+        self.connections.iter().filter(tcp).copied().collect()
+    }
+}
+
+impl Extend<Endpoint> for Endpoints {
+    fn extend<T: IntoIterator<Item = Endpoint>>(&mut self, endpoints: T) {
+        for endpoint in endpoints {
+            match endpoint {
+                Endpoint::Connection(connection) => self.connections.push(connection),
+                Endpoint::Listener(address) => self.listeners.push(address),
+                Endpoint::Datagrams(address) => self.datagrams.push(address),
+            }
+        }
+    }
 }
 
 /// A kind of open file description.
@@ -109,20 +186,20 @@ pub trait FileKind: Sync {
         Ok(())
     }
 
-    /// The connection behind the file, if it is one whose packets must be kept away while the tree is taken apart.
+    /// What packets come to the file, and must be kept away while the tree is taken apart.
     ///
     /// # Errors
     /// When it cannot be asked.
-    fn connection(&self, file: &OpenFile) -> Result<Option<crate::kernel::nft::Connection>> {
+    fn endpoint(&self, file: &OpenFile) -> Result<Option<Endpoint>> {
         let _ = file;
         Ok(None)
     }
 
-    /// As [`FileKind::connection`], of a file that is about to be restored.
+    /// As [`FileKind::endpoint`], of a file that is about to be restored.
     ///
     /// # Errors
     /// When the image is damaged.
-    fn connection_of(&self, entry: &FileEntry) -> Result<Option<crate::kernel::nft::Connection>> {
+    fn endpoint_of(&self, entry: &FileEntry) -> Result<Option<Endpoint>> {
         let _ = entry;
         Ok(None)
     }
@@ -205,9 +282,23 @@ pub struct Installing<'a> {
 pub static TASK_KINDS: &[&dyn TaskKind] = &[
     &task::limits::Limits,
     &task::attributes::Attributes,
+    &task::core_filter::CoreFilter,
+    &task::login::Login,
+    &task::membarrier::Membarrier,
+    &task::speculation::Speculation,
+    &task::machine_check::MachineCheck,
+    &task::time_stamp::TimeStamp,
+    &task::dispatch::Dispatch,
     &task::signals::Signals,
     &task::timers::Timers,
+    &task::affinity::Affinity,
+    &task::numa::NumaPolicy,
+    // Real-time policies take the slack away: before them.
+    &task::timer_slack::TimerSlack,
     &task::schedule::Schedule,
+    &task::io_priority::IoPriority,
+    // Needs privileges: before they are given up.
+    &task::seccomp::Seccomp,
     &task::credentials::Credentials,
 ];
 
@@ -225,6 +316,9 @@ pub static FILE_KINDS: &[&dyn FileKind] = &[
     &fd::inotify::Inotify,
     &sock::tcp::Tcp,
     &sock::udp::Udp,
+    &sock::raw::Raw,
+    &sock::packet::Packet,
+    &sock::netlink::Netlink,
     &sock::unix::Unix,
     // Takes what is left: last.
     &fd::regular::Regular,

@@ -1,6 +1,6 @@
 //! A tree under construction: its tasks, and handing them descriptors.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use whimbrel_images::proto::PstreeEntry;
@@ -11,6 +11,7 @@ use crate::procfs::maps;
 use crate::remote::seed::{self, ARENA_SIZE};
 use crate::remote::{Arena, Arg, Newborn, Program, Puppet, RemoteAddr};
 use crate::resource::mem::mapping;
+use crate::resource::task::tables;
 use crate::tree::{TaskImage, TreeImage};
 
 /// Room behind the arena for moving the vdso about.
@@ -23,6 +24,8 @@ const MAX_DESCRIPTORS: usize = 253;
 pub struct Skeleton {
     /// Ids of all tasks, parents first, with whether each is a zombie.
     pub tasks: Vec<(PstreeEntry, bool)>,
+    /// Flags of clone(2) for tables that a task shares with its parent, by task; none where there is no entry.
+    pub flags: BTreeMap<u32, u64>,
     /// Address ranges that any of them uses.
     pub ranges: Vec<(u64, u64)>,
     /// The highest descriptor that any of them uses.
@@ -39,6 +42,15 @@ impl Skeleton {
                 .iter()
                 .map(|task| (task.entry.clone(), task.is_zombie()))
                 .collect(),
+            flags: image
+                .tasks
+                .iter()
+                .filter_map(|task| {
+                    let parent = image.tasks.iter().find(|other| other.entry.pid == task.entry.ppid)?;
+                    Some((task.entry.pid, tables::flags_of(&task.ids, &parent.ids)))
+                })
+                .filter(|&(_, flags)| flags != 0)
+                .collect(),
             ranges: image.tasks.iter().flat_map(ranges).collect(),
             highest_descriptor: image
                 .tasks
@@ -52,11 +64,39 @@ impl Skeleton {
 }
 
 /// A task under construction.
+///
+/// Fields are dropped in this order: the kernel does not tell of a leader's death before its tracer has taken note of the
+/// deaths of all other threads (ptrace(2), "Death under ptrace").
 pub(super) struct TaskBuild {
-    /// Its leader.
-    pub leader: Puppet,
     /// Its other threads, by id in its pid namespace.
     pub threads: BTreeMap<u32, Puppet>,
+    /// Its leader; if that is to be dead, the first of the other threads once they are there.
+    pub leader: Puppet,
+    /// The id of that thread in its pid namespace.
+    pub leader_id: u32,
+    /// The process's id in our pid namespace.
+    pub pid: i32,
+}
+
+impl TaskBuild {
+    fn new(id: u32, leader: Puppet) -> TaskBuild {
+        TaskBuild {
+            pid: leader.tid(),
+            leader,
+            leader_id: id,
+            threads: BTreeMap::new(),
+        }
+    }
+
+    /// One of its threads, by id in its pid namespace.
+    pub fn thread(&mut self, id: u32) -> Result<&mut Puppet> {
+        let puppet = if id == self.leader_id {
+            Some(&mut self.leader)
+        } else {
+            self.threads.get_mut(&id)
+        };
+        puppet.ok_or_else(|| Error::new("restore a thread").because(format!("there is no thread {id}")))
+    }
 }
 
 /// A tree under construction. Dropping it removes everything that was made.
@@ -70,6 +110,10 @@ pub struct Build {
     /// Its number in every task, above all of the tree's own; numbers after it are ours, too.
     pub(super) control: i32,
     pub(super) segments: super::memory::Segments,
+    /// Tasks whose children have been created, but for those that come later.
+    parents: BTreeSet<u32>,
+    /// Guards of missing memory in each table of descriptors.
+    pub(super) guards: BTreeMap<u32, i32>,
     /// Process ids in our namespace, for removal; empty once the tree runs.
     pids: Vec<i32>,
 }
@@ -80,6 +124,16 @@ impl Build {
     /// # Errors
     /// When a pid is taken or a task cannot be made; what was made is removed.
     pub fn tasks(skeleton: &Skeleton, options: Options) -> Result<Build> {
+        let mut build = Build::tasks_but(skeleton, options, &|_| false)?;
+        build.form_groups(skeleton)?;
+        Ok(build)
+    }
+
+    /// As [`Build::tasks`], without those that are to come `later`, nor what is below them, and without groups.
+    ///
+    /// # Errors
+    /// As [`Build::tasks`].
+    pub fn tasks_but(skeleton: &Skeleton, options: Options, later: &dyn Fn(u32) -> bool) -> Result<Build> {
         let (entry, _) = skeleton
             .tasks
             .first()
@@ -115,33 +169,53 @@ impl Build {
         let mut build = Build {
             options,
             arena,
-            tasks: BTreeMap::from([(
-                root,
-                TaskBuild {
-                    leader,
-                    threads: BTreeMap::new(),
-                },
-            )]),
+            tasks: BTreeMap::from([(root, TaskBuild::new(root, leader))]),
             root,
             channel,
             control,
             segments: Default::default(),
+            parents: BTreeSet::new(),
+            guards: BTreeMap::new(),
             pids: Vec::new(),
         };
         build.pids.append(&mut pids);
-        build.create_descendants(skeleton)?;
-        build.form_groups(skeleton)?;
+        build.create_descendants(skeleton, later)?;
         Ok(build)
     }
 
     /// The root's process id in our pid namespace.
     pub fn root_pid(&self) -> Option<i32> {
-        self.tasks.get(&self.root).map(|task| task.leader.tid())
+        self.tasks.get(&self.root).map(|task| task.pid)
     }
 
-    /// Creates all tasks but the root. A session leader makes its session after the children that are not in it.
-    fn create_descendants(&mut self, skeleton: &Skeleton) -> Result<()> {
+    /// A living thread of each of its processes, in our pid namespace: the leader, if that is not dead.
+    pub fn pids(&self) -> Vec<i32> {
+        self.tasks.values().map(|task| task.leader.tid()).collect()
+    }
+
+    /// Creates a task that was to come later, with what is below it but for those that are to come later still.
+    ///
+    /// # Errors
+    /// As [`Build::tasks`].
+    pub fn create_later(&mut self, skeleton: &Skeleton, child: u32, later: &dyn Fn(u32) -> bool) -> Result<()> {
+        let entry = skeleton
+            .tasks
+            .iter()
+            .map(|(entry, _)| entry)
+            .find(|entry| entry.pid == child);
+        let parent = entry.map_or(0, |entry| entry.ppid);
+        let flags = skeleton.flags.get(&child).copied().unwrap_or(0);
+        self.fork(parent, child, flags)?;
+        self.create_descendants(skeleton, later)
+    }
+
+    /// Creates what is below the tasks that are there and have not been looked at. A session leader makes its session
+    /// after the children that are not in it.
+    fn create_descendants(&mut self, skeleton: &Skeleton, later: &dyn Fn(u32) -> bool) -> Result<()> {
         for (entry, zombie) in &skeleton.tasks {
+            if !self.tasks.contains_key(&entry.pid) || !self.parents.insert(entry.pid) {
+                continue;
+            }
             let outside = !skeleton.tasks.iter().any(|(other, _)| other.pid == entry.sid);
             if entry.ppid == 0 && entry.sid != entry.pid && outside && self.options.new_session {
                 self.new_session(entry.pid)?;
@@ -157,17 +231,18 @@ impl Build {
                     .tasks
                     .iter()
                     .map(|(child, _)| child)
-                    .filter(|child| child.ppid == entry.pid)
+                    .filter(|child| child.ppid == entry.pid && !later(child.pid))
             };
             let inside = |child: &&PstreeEntry| child.sid == entry.sid || child.sid == child.pid || !leads;
+            let flags = |child: u32| skeleton.flags.get(&child).copied().unwrap_or(0);
             for child in children().filter(|child| !inside(child)) {
-                self.fork(entry.pid, child.pid)?;
+                self.fork(entry.pid, child.pid, flags(child.pid))?;
             }
             if leads {
                 self.new_session(entry.pid)?;
             }
             for child in children().filter(inside) {
-                self.fork(entry.pid, child.pid)?;
+                self.fork(entry.pid, child.pid, flags(child.pid))?;
             }
         }
         Ok(())
@@ -179,13 +254,13 @@ impl Build {
         self.run(pid, &program).map(drop)
     }
 
-    fn fork(&mut self, parent: u32, child: u32) -> Result<()> {
+    fn fork(&mut self, parent: u32, child: u32, flags: u64) -> Result<()> {
         let (mut program, mut newborn) = (Program::new(), Newborn::new());
         clone_into(
             &mut program,
             child,
             libc::SIGCHLD as u64,
-            0,
+            flags,
             &format!("create task {child}"),
         );
         let arena = self.arena;
@@ -198,18 +273,15 @@ impl Build {
             .next()
             .ok_or_else(|| Error::new("create a task").because("it did not appear"))?;
         self.pids.push(leader.tid());
-        self.tasks.insert(
-            child,
-            TaskBuild {
-                leader,
-                threads: BTreeMap::new(),
-            },
-        );
+        self.tasks.insert(child, TaskBuild::new(child, leader));
         Ok(())
     }
 
     /// Puts tasks into their process groups. A group whose leader is gone is led by a helper for that moment.
-    fn form_groups(&mut self, skeleton: &Skeleton) -> Result<()> {
+    ///
+    /// # Errors
+    /// When a group cannot be joined.
+    pub fn form_groups(&mut self, skeleton: &Skeleton) -> Result<()> {
         let exists = |pid: u32| skeleton.tasks.iter().any(|(entry, _)| entry.pid == pid);
         let groups = skeleton
             .tasks
@@ -222,7 +294,7 @@ impl Build {
                 self.join_group(pid, group)?;
             }
         }
-        let mut helpers: BTreeMap<u32, Puppet> = BTreeMap::new();
+        let mut helpers: BTreeMap<u32, (u32, Puppet)> = BTreeMap::new();
         for (pid, group, session) in members {
             let known = exists(group) || helpers.contains_key(&group);
             if !known && !exists(session) {
@@ -230,15 +302,22 @@ impl Build {
                 continue;
             }
             if !known {
-                helpers.insert(group, self.group_helper(pid, group)?);
+                helpers.insert(group, (pid, self.group_helper(pid, group)?));
             }
             self.join_group(pid, group)?;
         }
-        for (_, helper) in helpers {
+        for (group, (parent, helper)) in helpers {
             let (tid, mut program) = (helper.tid(), Program::new());
             program.call("end", libc::SYS_exit_group, &[0.into()]);
             helper.end(self.arena, &program, None)?;
             self.pids.retain(|&pid| pid != tid);
+            let mut program = Program::new();
+            program.call(
+                "wait for a stand-in",
+                libc::SYS_wait4,
+                &[group.into(), 0.into(), libc::__WALL.into(), 0.into()],
+            );
+            self.run(parent, &program)?;
         }
         Ok(())
     }
@@ -253,7 +332,7 @@ impl Build {
         self.run(pid, &program).map(drop)
     }
 
-    /// A child of `member`, in its session, that leads `group`. Without an exit signal it vanishes unseen.
+    /// A child of `member`, in its session, that leads `group`. Its end is not signalled, but must be waited for.
     fn group_helper(&mut self, member: u32, group: u32) -> Result<Puppet> {
         let (mut program, mut newborn, arena) = (Program::new(), Newborn::new(), self.arena);
         clone_into(
@@ -276,6 +355,16 @@ impl Build {
         program.call("lead a process group", libc::SYS_setpgid, &[0.into(), 0.into()]);
         helper.run(arena, &program)?;
         Ok(helper)
+    }
+
+    /// What is ours in the address space of every task.
+    pub(super) fn arena_range(&self) -> (u64, u64) {
+        (self.arena.0.0, self.arena.0.0 + ARENA_SIZE + SPARE)
+    }
+
+    /// The living tasks that are there.
+    pub(super) fn has(&self, pid: u32) -> bool {
+        self.tasks.contains_key(&pid)
     }
 
     /// Process id of a task in our pid namespace.
@@ -377,7 +466,7 @@ impl Build {
     /// Remembers that a process of the tree has ended as it should (a zombie).
     pub(super) fn ended(&mut self, pid: u32) -> Option<TaskBuild> {
         let task = self.tasks.remove(&pid)?;
-        self.pids.retain(|&other| other != task.leader.tid());
+        self.pids.retain(|&other| other != task.pid);
         Some(task)
     }
 }

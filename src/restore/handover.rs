@@ -22,12 +22,9 @@ use std::path::{Path, PathBuf};
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
 };
-use whimbrel_images::page::{MemoryObject, PAGE_SIZE};
 use whimbrel_images::store::DirStore;
-use whimbrel_lazy::{LazyRange, RangeFlags};
 
-use super::lazy::LazyTask;
-use crate::dump::runs::RunSet;
+use super::lazy::{self, LazyTask};
 use crate::error::{Context, Error, Result};
 use crate::kernel::sys;
 
@@ -97,13 +94,7 @@ impl Daemon {
         let bytes = header(task.pid, task.guard, task.ranges.len() as u32, missing.len() as u32);
         let sent = rustix::net::sendmsg(&self.0, &[IoSlice::new(&bytes)], &mut control, SendFlags::NOSIGNAL)?;
         self.0.write_all(&bytes[sent..])?;
-        let mut words = Vec::new();
-        for range in &task.ranges {
-            let flags = u64::from(range.flags.wipe_on_fork) | u64::from(range.flags.dont_fork) << 1;
-            words.extend([range.start, range.end(), flags]);
-        }
-        words.extend(missing.iter().flat_map(|&(start, end)| [start, end]));
-        let body: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+        let body: Vec<u8> = task.words().iter().flat_map(|word| word.to_le_bytes()).collect();
         self.0.write_all(&body)
     }
 }
@@ -239,24 +230,14 @@ fn take_task(stream: &mut UnixStream) -> IoResult<Option<LazyTask>> {
         .map(|word| u64::from_le_bytes(word.try_into().unwrap_or_default()))
         .collect();
     let (ranges, missing) = words.split_at(3 * ranges as usize);
-    let ranges = ranges.chunks_exact(3).map(|range| {
-        let pages = range[1].saturating_sub(range[0]) / PAGE_SIZE as u64;
-        let mut lazy = LazyRange::anonymous(MemoryObject::Task(pid), range[0], pages);
-        lazy.flags = RangeFlags {
-            absent_is_zero: false,
-            shared: false,
-            wipe_on_fork: range[2] & 1 != 0,
-            dont_fork: range[2] & 2 != 0,
-        };
-        lazy
-    });
+    let (ranges, missing) = lazy::of_words(pid, ranges, missing);
     Ok(Some(LazyTask {
         pid,
         tid: pid_of(&pidfd),
         guard,
         uffd: uffd.into(),
-        ranges: ranges.collect(),
-        missing: RunSet::from_ranges(missing.chunks_exact(2).map(|pair| (pair[0], pair[1])).collect()),
+        ranges,
+        missing,
     }))
 }
 

@@ -19,10 +19,11 @@ use whimbrel_images::page::{MemoryObject, PAGE_SIZE, PageRun, PageSource, PageSt
 use whimbrel_images::proto::VmaEntry;
 use whimbrel_lazy::ioctl::{Features, RegisterMode, Userfault};
 use whimbrel_lazy::regions::PageStatus;
-use whimbrel_lazy::{ForkHook, LazyConfig, LazyError, LazyRange, LazyServer, Progress, RangeFlags, RegionMap};
+use whimbrel_lazy::{ForkHook, Known, LazyConfig, LazyError, LazyRange, LazyServer, Progress, RangeFlags, RegionMap};
 use whimbrel_page_server::transport::FaultClient;
 
 use super::Build;
+use super::unfinished::Notes;
 use crate::dump::runs::RunSet;
 use crate::error::{Context, Error, Result};
 use crate::kernel::sys::{self, Kcmp};
@@ -126,7 +127,10 @@ impl Watch {
     pub fn make(build: &mut Build, task: &TaskImage) -> Result<Watch> {
         let pid = task.entry.pid;
         let failed = || Error::new("make a userfaultfd").task(pid as i32);
-        let guard = guard_number(build.control, task);
+        // Tasks that share their descriptors have a guard each.
+        let others = build.guards.entry(task.ids.files_id).or_insert(0);
+        let guard = guard_number(build.control, task) - *others;
+        *others += 1;
         let mut program = Program::new();
         let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
         let made = program.call("make a userfaultfd", libc::SYS_userfaultfd, &[flags.into()]);
@@ -146,7 +150,9 @@ impl Watch {
     ///
     /// # Errors
     /// When a mapping cannot be watched, or a page that is said to be missing is there.
-    pub fn register(self, task: &TaskImage, missing: RunSet) -> Result<LazyTask> {
+    pub fn register(mut self, task: &TaskImage, missing: RunSet) -> Result<LazyTask> {
+        // By now a leader that is to be dead is.
+        self.tid = crate::tree::speaker(self.tid);
         let pages = Pages::open(self.tid)?;
         let mut ranges = Vec::new();
         let mut left = missing.clone();
@@ -226,19 +232,82 @@ fn guard_number(control: i32, task: &TaskImage) -> i32 {
 }
 
 impl LazyTask {
-    /// What is known of each of its pages.
-    fn map(&self) -> Result<RegionMap> {
-        let failed = || Error::new("serve page faults").task(self.tid);
-        let mut map = RegionMap::new();
-        for &range in &self.ranges {
-            // Present, or never touched: it reads as what it is, and as zeros should the program drop it.
-            map.insert(range, PageStatus::Zero).with(failed)?;
-        }
-        for &(start, end) in self.missing.ranges() {
-            map.set(start, end, PageStatus::Missing);
-        }
-        Ok(map)
+    /// Its ranges, three words each, and what is missing in them, two words each, for [`of_words`].
+    pub fn words(&self) -> Vec<u64> {
+        let flags = |flags: RangeFlags| u64::from(flags.wipe_on_fork) | u64::from(flags.dont_fork) << 1;
+        let ranges = self.ranges.iter();
+        let ranges = ranges.flat_map(|range| [range.start, range.end(), flags(range.flags)]);
+        let missing = self.missing.ranges().iter().flat_map(|&(start, end)| [start, end]);
+        ranges.chain(missing).collect()
     }
+
+    /// The task as it is served. What happens to its memory is noted in `notes`, under this number.
+    pub fn served(self, notes: Option<(&Arc<Notes>, u64)>) -> Result<Served> {
+        let map = map_of(self.tid, &self.ranges, &self.missing)?;
+        let journal = notes.map(|(notes, number)| notes.journal(number));
+        Ok(Served {
+            pid: self.pid,
+            tid: self.tid,
+            guard: self.guard,
+            uffd: self.uffd,
+            known: Known {
+                map,
+                journal,
+                ..Known::default()
+            },
+        })
+    }
+}
+
+/// Ranges of a task, and what is missing in them, as [`LazyTask::words`] told.
+pub fn of_words(pid: u32, ranges: &[u64], missing: &[u64]) -> (Vec<LazyRange>, RunSet) {
+    let range = |range: &[u64]| {
+        let pages = range[1].saturating_sub(range[0]) / PAGE_SIZE as u64;
+        let mut lazy = LazyRange::anonymous(MemoryObject::Task(pid), range[0], pages);
+        lazy.flags = RangeFlags {
+            absent_is_zero: false,
+            shared: false,
+            wipe_on_fork: range[2] & 1 != 0,
+            dont_fork: range[2] & 2 != 0,
+        };
+        lazy
+    };
+    let missing = missing.chunks_exact(2).map(|pair| (pair[0], pair[1])).collect();
+    (
+        ranges.chunks_exact(3).map(range).collect(),
+        RunSet::from_ranges(missing),
+    )
+}
+
+/// What is known of each page of a task.
+///
+/// # Errors
+/// When the ranges are malformed.
+pub fn map_of(tid: i32, ranges: &[LazyRange], missing: &RunSet) -> Result<RegionMap> {
+    let failed = || Error::new("serve page faults").task(tid);
+    let mut map = RegionMap::new();
+    for &range in ranges {
+        // Present, or never touched: it reads as what it is, and as zeros should the program drop it.
+        map.insert(range, PageStatus::Zero).with(failed)?;
+    }
+    for &(start, end) in missing.ranges() {
+        map.set(start, end, PageStatus::Missing);
+    }
+    Ok(map)
+}
+
+/// A task that is served.
+pub struct Served {
+    /// What images call it, or the one it descends from.
+    pub pid: u32,
+    /// Its id in our pid namespace.
+    pub tid: i32,
+    /// Number of its guard.
+    pub guard: i32,
+    /// Its userfaultfd.
+    pub uffd: Userfault,
+    /// What is known of its memory.
+    pub known: Known,
 }
 
 /// Asks a peer for single pages that somebody waits for: such requests overtake the others.
@@ -301,12 +370,21 @@ struct Guard {
 pub struct Serving {
     server: LazyServer,
     guards: Vec<Guard>,
-    /// Children that were forked, by the task that they descend from.
-    forked: Receiver<(u32, OwnedFd)>,
+    forked: Receiver<Forked>,
     without_guard: Vec<i32>,
+    notes: Option<Arc<Notes>>,
 }
 
-/// How often forked children are looked for.
+/// A child that was forked.
+struct Forked {
+    /// What images call the task that it descends from.
+    pid: u32,
+    uffd: OwnedFd,
+    /// Under which it is noted.
+    number: Option<u64>,
+}
+
+/// How long a look for forked children lasts.
 const LOOK: Duration = Duration::from_millis(5);
 
 impl Serving {
@@ -314,24 +392,27 @@ impl Serving {
     ///
     /// # Errors
     /// When a thread cannot be started; the tasks wait then.
-    pub fn start(tasks: Vec<LazyTask>, urgent: Arc<dyn PageSource>, bulk: Arc<dyn PageSource>) -> Result<Serving> {
+    pub fn start(
+        tasks: Vec<Served>,
+        urgent: Arc<dyn PageSource>,
+        bulk: Arc<dyn PageSource>,
+        notes: Option<Arc<Notes>>,
+    ) -> Result<Serving> {
         let (tell, forked) = channel();
         let tell = Mutex::new(tell);
-        let on_fork: ForkHook = Arc::new(move |pid, uffd| {
+        let on_fork: ForkHook = Arc::new(move |pid, uffd, number| {
             let tell = tell.lock().unwrap_or_else(PoisonError::into_inner);
             if let Ok(uffd) = uffd.try_clone_to_owned() {
-                let _ = tell.send((pid, uffd));
+                let _ = tell.send(Forked { pid, uffd, number });
             }
         });
         let config = LazyConfig {
             on_fork: Some(on_fork),
-            linger: true,
             ..LazyConfig::default()
         };
         let server = LazyServer::new(config, urgent, bulk).context("serve page faults")?;
         let mut guards = Vec::new();
         for task in tasks {
-            let map = task.map()?;
             let uffd = task
                 .uffd
                 .as_fd()
@@ -344,7 +425,7 @@ impl Serving {
                 owner: task.tid,
             });
             server
-                .add_map(task.uffd.into(), task.pid, map)
+                .add_map(task.uffd.into(), task.pid, task.known)
                 .context("serve page faults")?;
         }
         Ok(Serving {
@@ -352,6 +433,7 @@ impl Serving {
             guards,
             forked,
             without_guard: Vec::new(),
+            notes,
         })
     }
 
@@ -362,13 +444,16 @@ impl Serving {
     pub fn wait(&mut self, limit: Duration) -> Result<Option<Progress>> {
         let until = Instant::now() + limit;
         loop {
-            self.guard_children();
-            match self.server.wait_complete(Some(LOOK)) {
+            match self.server.wait_complete(Some(Duration::ZERO)) {
                 Ok(progress) => return Ok(Some(progress)),
                 Err(LazyError::Incomplete { .. }) => {}
                 // One task cannot be completed. The others are.
-                Err(_) if self.server.progress().active > self.server.failures().len() => std::thread::sleep(LOOK),
+                Err(_) if self.server.progress().active > self.server.failures().len() => {}
                 Err(error) => return Err(error).context("complete the memory"),
+            }
+            // At once: until a child has its guard, its memory hangs on this process.
+            if let Ok(forked) = self.forked.recv_timeout(LOOK) {
+                self.guard_child(forked);
             }
             if Instant::now() >= until {
                 return Ok(None);
@@ -376,35 +461,39 @@ impl Serving {
         }
     }
 
-    /// Gives forked children guards of their own, in the place of those of their parents that they have inherited.
-    fn guard_children(&mut self) {
-        while let Ok((pid, uffd)) = self.forked.try_recv() {
-            // Reported in the order in which they were forked, as their pids are.
-            let inherited = self.guards.iter().filter(|guard| guard.pid == pid).find_map(|guard| {
-                let new = |holder: &i32| *holder != guard.owner && !self.without_guard.contains(holder);
-                let child = guard.holders().into_iter().find(new)?;
-                Some((guard, child))
-            });
-            let Some((guard, child)) = inherited else {
-                // It has ended, or executed something else: nothing is missing then.
-                continue;
-            };
-            let number = guard.number;
-            let placed = inject::place_descriptor(child, number, uffd.as_fd(), &|| guard.is_in(child));
-            match placed {
-                Ok(()) => {
-                    tracing::debug!("the forked child {child} keeps its own userfaultfd");
-                    self.guards.push(Guard {
-                        pid,
-                        number,
-                        uffd,
-                        owner: child,
-                    });
-                }
-                Err(error) => {
-                    tracing::debug!("the forked child {child} has no guard: {}", error.chain());
-                    self.without_guard.push(child);
-                }
+    /// Gives a forked child a guard of its own, in the place of its parent's that it has inherited.
+    fn guard_child(&mut self, Forked { pid, uffd, number }: Forked) {
+        let note = |guard| {
+            if let (Some(notes), Some(number)) = (&self.notes, number) {
+                notes.child(number, pid, guard);
+            }
+        };
+        // Reported in the order in which they were forked, as their pids are.
+        let inherited = self.guards.iter().filter(|guard| guard.pid == pid).find_map(|guard| {
+            let new = |holder: &i32| *holder != guard.owner && !self.without_guard.contains(holder);
+            let child = guard.holders().into_iter().find(new)?;
+            Some((guard, child))
+        });
+        let Some((guard, child)) = inherited else {
+            // It has ended, or executed something else: nothing is missing then.
+            return note(None);
+        };
+        let number = guard.number;
+        let placed = inject::place_descriptor(child, number, uffd.as_fd(), &|| guard.is_in(child));
+        match placed {
+            Ok(()) => {
+                note(Some((child, number)));
+                tracing::debug!("the forked child {child} keeps its own userfaultfd");
+                self.guards.push(Guard {
+                    pid,
+                    number,
+                    uffd,
+                    owner: child,
+                });
+            }
+            Err(error) => {
+                tracing::debug!("the forked child {child} has no guard: {}", error.chain());
+                self.without_guard.push(child);
             }
         }
     }
@@ -440,11 +529,11 @@ impl Guard {
         }
     }
 
-    /// Processes that have it, ascending.
+    /// Processes that have it, ascending, each by a thread that lives.
     fn holders(&self) -> Vec<i32> {
         let processes = std::fs::read_dir("/proc").into_iter().flatten().flatten();
         let pids = processes.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
-        let mut holders: Vec<i32> = pids.filter(|&pid| self.is_in(pid)).collect();
+        let mut holders: Vec<i32> = pids.map(crate::tree::speaker).filter(|&pid| self.is_in(pid)).collect();
         holders.sort_unstable();
         holders
     }

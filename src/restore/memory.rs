@@ -4,12 +4,14 @@ use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
+use std::sync::Arc;
 
 use whimbrel_images::page::{MemoryObject, PAGE_SIZE, PageRun, PageSink};
 use whimbrel_images::proto::VmaEntry;
 
 use super::Build;
 use super::build::SPARE;
+use super::vacant::Vacant;
 use crate::error::{Context, Error, Result};
 use crate::kernel::mm;
 use crate::procfs::maps;
@@ -194,7 +196,12 @@ impl Build {
                 .write(true)
                 .open(format!("/proc/{tid}/mem"))
                 .with(failed)?;
-            sink.tasks.insert(pid, (RemoteMemory::new(tid), forced));
+            let memory = TaskMemory {
+                memory: RemoteMemory::new(tid),
+                forced,
+                vacant: None,
+            };
+            sink.tasks.insert(pid, memory);
         }
         for (&id, file) in &self.segments.0 {
             sink.segments.insert(
@@ -218,8 +225,53 @@ pub struct VdsoPlan {
 /// Writes pages straight into the memory of tasks under construction.
 #[derive(Default)]
 pub struct MemorySink {
-    tasks: HashMap<u32, (RemoteMemory, File)>,
+    tasks: HashMap<u32, TaskMemory>,
     segments: HashMap<u32, File>,
+}
+
+/// The memory of one task.
+struct TaskMemory {
+    memory: RemoteMemory,
+    forced: File,
+    vacant: Option<Arc<Vacant>>,
+}
+
+impl TaskMemory {
+    fn try_clone(&self) -> std::io::Result<TaskMemory> {
+        Ok(TaskMemory {
+            memory: self.memory,
+            forced: self.forced.try_clone()?,
+            vacant: self.vacant.clone(),
+        })
+    }
+
+    fn write(&self, at: u64, data: &[u8]) -> std::io::Result<()> {
+        let Some(vacant) = &self.vacant else {
+            return self.overwrite(at, data);
+        };
+        let mut done = 0;
+        while done < data.len() {
+            let at = at + done as u64;
+            let (length, inside) = vacant.part(at, data.len() - done);
+            let part = &data[done..done + length];
+            let put = if inside { vacant.put(at, part)? } else { 0 };
+            // What is left is no vacant memory, or begins with a page that is there.
+            let rest = if inside { PAGE_SIZE } else { length }.min(length - put);
+            if rest > 0 {
+                self.overwrite(at + put as u64, &part[put..put + rest])?;
+            }
+            done += put + rest;
+        }
+        Ok(())
+    }
+
+    fn overwrite(&self, at: u64, data: &[u8]) -> std::io::Result<()> {
+        match self.memory.write(RemoteAddr(at), data) {
+            Ok(()) => Ok(()),
+            // Not writable for the task itself: written as a debugger would.
+            Err(_) => self.forced.write_all_at(data, at),
+        }
+    }
 }
 
 impl MemorySink {
@@ -229,8 +281,8 @@ impl MemorySink {
     /// When there are no descriptors left.
     pub fn try_clone(&self) -> std::io::Result<MemorySink> {
         let mut copy = MemorySink::default();
-        for (&pid, (memory, file)) in &self.tasks {
-            copy.tasks.insert(pid, (*memory, file.try_clone()?));
+        for (&pid, task) in &self.tasks {
+            copy.tasks.insert(pid, task.try_clone()?);
         }
         for (&id, file) in &self.segments {
             copy.segments.insert(id, file.try_clone()?);
@@ -238,18 +290,26 @@ impl MemorySink {
         Ok(copy)
     }
 
-    /// Writes a part of a pages file, without a copy of it in between. Tells whether it could.
-    pub fn write_file(&self, object: MemoryObject, run: PageRun, file: &File, offset: u64) -> bool {
-        let MemoryObject::Task(pid) = object else {
-            return false;
-        };
-        let window = mm::Window::of(file, offset, run.bytes() as usize);
-        let task = self.tasks.get(&pid);
-        task.zip(window.ok())
-            .is_some_and(|((memory, _), window)| memory.write_window(RemoteAddr(run.start), &window))
+    /// Says that so much of a task's memory has no page yet.
+    pub(super) fn set_vacant(&mut self, pid: u32, vacant: Vacant) {
+        if let Some(task) = self.tasks.get_mut(&pid) {
+            task.vacant = Some(Arc::new(vacant));
+        }
     }
 
-    fn task(&self, pid: u32) -> std::io::Result<&(RemoteMemory, File)> {
+    /// Reads what is there, and leaves it shared: process_vm_readv(2) pins pages, and the kernel gives whoever is pinned a
+    /// copy of his own of a page that he shares copy-on-write (gup_must_unshare in mm/internal.h, Linux 5.19).
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub fn read_pages(&self, object: MemoryObject, run: PageRun, buffer: &mut [u8]) -> std::io::Result<()> {
+        match object {
+            MemoryObject::Task(pid) => self.task(pid)?.forced.read_exact_at(buffer, run.start),
+            MemoryObject::Shmem(id) => self.segment(id)?.read_exact_at(buffer, run.start),
+        }
+    }
+
+    fn task(&self, pid: u32) -> std::io::Result<&TaskMemory> {
         self.tasks
             .get(&pid)
             .ok_or_else(|| std::io::Error::other(format!("there is no task {pid} in the tree")))
@@ -265,14 +325,7 @@ impl MemorySink {
 impl PageSink for MemorySink {
     fn write_pages(&mut self, object: MemoryObject, run: PageRun, data: &[u8]) -> std::io::Result<()> {
         match object {
-            MemoryObject::Task(pid) => {
-                let (memory, forced) = self.task(pid)?;
-                match memory.write(RemoteAddr(run.start), data) {
-                    Ok(()) => Ok(()),
-                    // Not writable for the task itself: written as a debugger would.
-                    Err(_) => forced.write_all_at(data, run.start),
-                }
-            }
+            MemoryObject::Task(pid) => self.task(pid)?.write(run.start, data),
             MemoryObject::Shmem(id) => self.segment(id)?.write_all_at(data, run.start),
         }
     }

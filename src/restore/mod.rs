@@ -1,14 +1,18 @@
 //! Putting a tree together: the order of things, and no knowledge of any of them.
 //!
 //! A [`Build`] holds a tree under construction. Its steps are called in this order, each for the whole tree: tasks,
-//! memory, contents, everything else, go. Until [`state::Ready::go`] nothing of the tree runs, and dropping the build removes
-//! all of it.
+//! memory, contents, everything else, go. (From images, tasks that inherit memory come when it is there: [`inherit`].)
+//! Until [`state::Ready::go`] nothing of the tree runs, and dropping the build removes all of it.
 
 pub mod build;
+mod contents;
 pub mod handover;
+pub mod inherit;
 pub mod lazy;
 pub mod memory;
 pub mod state;
+pub mod unfinished;
+mod vacant;
 
 use std::path::PathBuf;
 
@@ -20,8 +24,10 @@ pub use memory::MemorySink;
 pub struct Options {
     /// Where the files of the tree are found.
     pub root: PathBuf,
-    /// Files may have another size or build id (`--file-validation`).
-    pub skip_file_validation: bool,
+    /// Files may have another build id, if only their size is the same (`--file-validation filesize`).
+    pub skip_build_ids: bool,
+    /// Files may have other permissions (`--skip-file-rwx-check`).
+    pub skip_file_modes: bool,
     /// The tree takes this process's session and terminal (`--shell-job`).
     pub shell_job: bool,
     /// Established TCP connections are restored (`--tcp-established`).
@@ -40,7 +46,8 @@ impl Default for Options {
     fn default() -> Self {
         Options {
             root: PathBuf::from("/"),
-            skip_file_validation: false,
+            skip_build_ids: false,
+            skip_file_modes: false,
             shell_job: false,
             tcp_established: false,
             tcp_close: false,

@@ -4,13 +4,16 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::os::fd::{AsFd, OwnedFd};
 
 use whimbrel_images::chain::PageStore;
-use whimbrel_images::proto::{CoreEntry, VmaEntry};
+use whimbrel_images::page::{MemoryObject, PAGE_SIZE, PageRun};
+use whimbrel_images::proto::{CoreEntry, SeccompEntry, VmaEntry};
 use whimbrel_images::store::ImageStore;
 
+use super::Build;
 use super::build::{TaskBuild, clone_into};
+use super::contents::Contents;
+use super::inherit::{Inheritance, Inherited};
 use super::lazy::{LazyTask, Watch};
 use super::memory::Plan;
-use super::{Build, MemorySink};
 use crate::arch;
 use crate::dump::runs::RunSet;
 use crate::error::{Context, Error, Result};
@@ -18,11 +21,12 @@ use crate::procfs::maps;
 use crate::remote::{Arg, Newborn, Program, Puppet, RemoteAddr, RemoteMemory};
 use crate::resource::fd::{self, FileRestore, locks, memfd, regular};
 use crate::resource::mem::{bounds, mapping, mapping::status};
-use crate::resource::{Installing, Stage, TASK_KINDS};
+use crate::resource::task::seccomp;
+use crate::resource::{Installing, Restoring, Stage, TASK_KINDS};
 use crate::tree::{TaskImage, TreeImage, task_state};
 
 /// Bytes to write over a task's own vdso, by address.
-type Patches = Vec<(u64, Vec<u8>)>;
+pub(super) type Patches = Vec<(u64, Vec<u8>)>;
 
 /// A tree that is whole and waits for its last step.
 pub struct Ready<'a> {
@@ -148,21 +152,26 @@ impl Build {
             .flat_map(|task| task.fds.iter().map(|fd| ((task.entry.pid as i32, fd.fd as i32), fd.id)));
         let numbers: HashMap<(i32, i32), u32> = numbers.collect();
         locks::restore(&files, &|pid, fd| numbers.get(&(pid, fd)).copied())?;
-        let mut installed = HashSet::new();
+        let (mut installed, mut tables) = (HashSet::new(), HashSet::new());
         for task in image.tasks.iter().filter(|task| !task.is_zombie()) {
             let pid = task.entry.pid as i32;
-            self.restore_process(task, &files, paths, &mut installed)
+            self.restore_process(task, &image.seccomp, &files, paths, &mut installed, &mut tables)
                 .map_err(|error| error.task(pid))?;
         }
         for task in image.tasks.iter().filter(|task| !task.is_zombie()) {
-            self.restore_threads(task)
+            self.restore_threads(task, &image.seccomp)
+                .map_err(|error| error.task(task.entry.pid as i32))?;
+        }
+        // Before children ask for a signal when their parent, the thread, ends (PR_SET_PDEATHSIG).
+        for task in image.tasks.iter().filter(|task| task.leader_is_dead()) {
+            self.end_leader(task)
                 .map_err(|error| error.task(task.entry.pid as i32))?;
         }
         for task in image.tasks.iter().rev().filter(|task| task.is_zombie()) {
             self.end_zombie(task)?;
         }
         for task in image.tasks.iter().filter(|task| !task.is_zombie()) {
-            self.restore_last(task)
+            self.restore_last(task, &image.seccomp, tables.remove(&task.ids.files_id))
                 .map_err(|error| error.task(task.entry.pid as i32))?;
         }
         Ok(Ready {
@@ -175,9 +184,11 @@ impl Build {
     fn restore_process(
         &mut self,
         task: &TaskImage,
+        filters: &SeccompEntry,
         files: &FileRestore<'_>,
         paths: &HashMap<u64, OwnedFd>,
         installed: &mut HashSet<u32>,
+        tables: &mut HashSet<u32>,
     ) -> Result<()> {
         let pid = task.entry.pid;
         let path = |id: u32| {
@@ -218,7 +229,10 @@ impl Build {
         program.call("close a descriptor", libc::SYS_close, &[executable.into()]);
         self.run(pid, &program)?;
 
-        self.install_descriptors(task, files)?;
+        // A table that several tasks share is filled once.
+        if tables.insert(task.ids.files_id) {
+            self.install_descriptors(task, files)?;
+        }
         let mut program = Program::new();
         let mut seen = HashSet::new();
         for descriptor in task.fds.iter().filter(|descriptor| seen.insert(descriptor.id)) {
@@ -236,7 +250,13 @@ impl Build {
         }
         locks::install(files.store, pid, &mut program)?;
         for kind in TASK_KINDS {
-            kind.restore(Stage::Process, &task.cores[0], true, &mut program)
+            let thread = Restoring {
+                core: &task.cores[0],
+                leader: true,
+                process: task.living_cores(),
+                filters,
+            };
+            kind.restore(Stage::Process, &thread, &mut program)
                 .map_err(|error| error.object(kind.name()))?;
         }
         self.run(pid, &program).map(drop)
@@ -289,7 +309,7 @@ impl Build {
         Ok(())
     }
 
-    fn restore_threads(&mut self, task: &TaskImage) -> Result<()> {
+    fn restore_threads(&mut self, task: &TaskImage, filters: &SeccompEntry) -> Result<()> {
         const FLAGS: i32 = libc::CLONE_VM
             | libc::CLONE_FS
             | libc::CLONE_FILES
@@ -308,46 +328,72 @@ impl Build {
                 .ok_or_else(|| Error::new("create a thread").because("it did not appear"))?;
             build.threads.insert(tid, thread);
         }
-        self.in_each_thread(task, Stage::Thread)
+        self.in_each_thread(task, filters, Stage::Thread)
     }
 
-    fn restore_last(&mut self, task: &TaskImage) -> Result<()> {
+    /// `closes`: is it the first of those that share its descriptors?
+    fn restore_last(&mut self, task: &TaskImage, filters: &SeccompEntry, closes: bool) -> Result<()> {
         let pid = task.entry.pid;
-        // Signals that are queued from here on stay pending until the tree runs.
+        // Signals that are queued from here on stay pending until the tree runs. Not so the trap of the stub: blocked, it
+        // would take the program's handler away (force_sig in the kernel), and only ptrace sees it.
+        let trap = 1u64 << (libc::SIGTRAP - 1);
         let build = self.task(pid)?;
         for puppet in std::iter::once(&build.leader).chain(build.threads.values()) {
-            puppet.stopped()?.set_signal_mask(u64::MAX)?;
+            puppet.stopped()?.set_signal_mask(!trap)?;
         }
-        self.in_each_thread(task, Stage::Final)
+        for (tid, core) in task.living_threads() {
+            if seccomp::is_under(core) {
+                build.thread(tid)?.stopped()?.suspend_seccomp(true)?;
+            }
+        }
+        if closes {
+            // Before limits on descriptors are set.
+            let mut program = Program::new();
+            program.call("close our channel", libc::SYS_close, &[self.control.into()]);
+            self.run(pid, &program)?;
+        }
+        self.in_each_thread(task, filters, Stage::Final)
     }
 
-    fn in_each_thread(&mut self, task: &TaskImage, stage: Stage) -> Result<()> {
-        let (arena, control) = (self.arena, self.control);
-        for (&tid, core) in task.entry.threads.iter().zip(&task.cores) {
-            let leader = tid == task.entry.pid;
+    fn in_each_thread(&mut self, task: &TaskImage, filters: &SeccompEntry, stage: Stage) -> Result<()> {
+        let arena = self.arena;
+        for (index, (tid, core)) in task.living_threads().enumerate() {
+            let leader = index == 0;
+            let thread = Restoring {
+                core,
+                leader,
+                process: task.living_cores(),
+                filters,
+            };
             let mut program = Program::new();
-            // The leader comes first; its descriptors must be in order before limits are.
-            if leader && stage == Stage::Final {
-                program.call("close our channel", libc::SYS_close, &[control.into()]);
-            }
             for kind in TASK_KINDS {
-                kind.restore(stage, core, leader, &mut program)
+                kind.restore(stage, &thread, &mut program)
                     .map_err(|error| error.object(kind.name()))?;
             }
             if leader && stage == Stage::Final {
                 bounds::restore_dumpable(&mut program, &task.mm);
             }
-            let build = self.task(task.entry.pid)?;
-            let puppet = if leader {
-                Some(&mut build.leader)
-            } else {
-                build.threads.get_mut(&tid)
-            };
-            let puppet =
-                puppet.ok_or_else(|| Error::new("restore a thread").because(format!("there is no thread {tid}")))?;
-            puppet.run(arena, &program)?;
+            self.task(task.entry.pid)?.thread(tid)?.run(arena, &program)?;
         }
         Ok(())
+    }
+
+    /// Ends a leader that other threads outlive: the first of them takes its place with us.
+    fn end_leader(&mut self, task: &TaskImage) -> Result<()> {
+        let arena = self.arena;
+        let tc = task.cores[0].tc.clone().unwrap_or_default();
+        let mut program = Program::new();
+        let name = program.string(tc.comm.as_bytes());
+        let args = [libc::PR_SET_NAME.into(), name.into()];
+        program.call("set the name", libc::SYS_prctl, &args);
+        program.call("end", libc::SYS_exit, &[(tc.exit_code >> 8 & 0xff).into()]);
+        let build = self.task(task.entry.pid)?;
+        let (id, first) = build
+            .threads
+            .pop_first()
+            .ok_or_else(|| Error::new("end the first thread").because("there is no other"))?;
+        build.leader_id = id;
+        std::mem::replace(&mut build.leader, first).leave(arena, &program)
     }
 
     fn end_zombie(&mut self, task: &TaskImage) -> Result<()> {
@@ -380,6 +426,11 @@ impl Ready<'_> {
     /// The root's process id in our pid namespace.
     pub fn root_pid(&self) -> Option<i32> {
         self.build.root_pid()
+    }
+
+    /// Its processes, in our pid namespace; not its zombies.
+    pub fn pids(&self) -> Vec<i32> {
+        self.build.pids()
     }
 
     /// Takes what is ours out of every task and gives the threads their registers. Nothing runs yet.
@@ -457,15 +508,8 @@ fn arm_task(task: &TaskImage, build: &mut TaskBuild, arena: RemoteAddr) -> Resul
     if unmapped != 0 {
         return Err(Error::new("unmap the arena").because(std::io::Error::from_raw_os_error(-unmapped as i32)));
     }
-    for (&tid, core) in task.entry.threads.iter().zip(&task.cores) {
-        let puppet = if tid == task.entry.pid {
-            Some(&build.leader)
-        } else {
-            build.threads.get(&tid)
-        };
-        let puppet =
-            puppet.ok_or_else(|| Error::new("restore a thread").because(format!("there is no thread {tid}")))?;
-        set_registers(puppet, core)?;
+    for (tid, core) in task.living_threads() {
+        set_registers(build.thread(tid)?, core)?;
     }
     Ok(())
 }
@@ -526,27 +570,78 @@ pub fn from_directory_with<'a>(
     created: &mut dyn FnMut(i32) -> Result<()>,
 ) -> Result<(Ready<'a>, Vec<LazyTask>)> {
     super::lazy::check_present(pages, lazy)?;
-    let mut build = Build::tasks(&super::Skeleton::of(image), options.clone())?;
+    let inheritance = Inheritance::of(image, pages, lazy)?;
+    let skeleton = super::Skeleton::of(image);
+    let later = |pid: u32| inheritance.is_heir(pid);
+    let mut build = Build::tasks_but(&skeleton, options.clone(), &later)?;
     created(build.root_pid().unwrap_or_default())?;
     let mut files = FileRestore::new(store, options, &image.files);
     let paths = build.open_backing(image, &mut files)?;
     let has_pages = |pid: u32| {
-        let runs = pages
-            .runs(whimbrel_images::page::MemoryObject::Task(pid))
-            .unwrap_or(&[]);
+        let runs = pages.runs(MemoryObject::Task(pid)).unwrap_or(&[]);
         move |start: u64, end: u64| runs.iter().any(|run| run.run.start < end && run.run.end() > start)
     };
     let living = || image.tasks.iter().filter(|task| !task.is_zombie());
     let mut patches = Vec::new();
-    for task in living() {
-        let pid = task.entry.pid;
-        let vdso = vdso_contents(task, pages)?;
-        let made = build
-            .map_task(task, &paths, vdso.as_deref(), &HashSet::new(), &has_pages(pid))
-            .map_err(|error| error.task(pid as i32))?;
-        patches.push((pid, made));
+    let mut filled = HashSet::new();
+    // Generation after generation: who inherits memory is forked when it is there.
+    loop {
+        let generation: Vec<&TaskImage> = living()
+            .filter(|task| build.has(task.entry.pid) && filled.insert(task.entry.pid))
+            .collect();
+        let first = patches.is_empty();
+        let shared = |object: &MemoryObject| first && matches!(object, MemoryObject::Shmem(_));
+        let mut objects: HashSet<MemoryObject> = pages.objects().filter(shared).collect();
+        for task in &generation {
+            let pid = task.entry.pid;
+            let failed = |error: Error| error.task(pid as i32);
+            let kept = match inheritance.of_task(pid) {
+                Some(inherited) => build.settle_inheritance(pid, inherited).map_err(failed)?,
+                None if first => HashSet::new(),
+                None => build.settle_inheritance(pid, &Inherited::default()).map_err(failed)?,
+            };
+            let vdso = vdso_contents(task, pages)?;
+            let made = build
+                .map_task(task, &paths, vdso.as_deref(), &kept, &has_pages(pid))
+                .map_err(failed)?;
+            if let Some(inherited) = inheritance.of_task(pid) {
+                build.grow_inheritance(pid, inherited).map_err(failed)?;
+            }
+            patches.push((pid, made));
+            objects.insert(MemoryObject::Task(pid));
+        }
+        let contents = Contents {
+            pages,
+            image,
+            patches: &patches,
+            lazy,
+            inheritance: &inheritance,
+        };
+        let mut sink = build.memory_sink()?;
+        for task in generation {
+            // What it has inherited is there already.
+            if inheritance.of_task(task.entry.pid).is_none()
+                && let Some(vacant) = build.vacant(task)
+            {
+                sink.set_vacant(task.entry.pid, vacant);
+            }
+        }
+        contents.fill(&sink, &objects)?;
+        drop(sink);
+        let heirs: Vec<u32> = skeleton
+            .tasks
+            .iter()
+            .filter(|(entry, _)| later(entry.pid) && !build.has(entry.pid) && build.has(entry.ppid))
+            .map(|(entry, _)| entry.pid)
+            .collect();
+        if heirs.is_empty() {
+            break;
+        }
+        for pid in heirs {
+            build.create_later(&skeleton, pid, &later)?;
+        }
     }
-    fill(&build.memory_sink()?, pages, image, &patches, lazy)?;
+    build.form_groups(&skeleton)?;
     for (pid, patches) in patches {
         let tid = build.task(pid)?.leader.tid();
         patches
@@ -593,7 +688,7 @@ pub fn register_all(watches: Vec<Watched<'_>>) -> Result<Vec<LazyTask>> {
 
 /// The code of the vdso that a task was dumped with, where its image has it.
 fn vdso_contents(task: &TaskImage, pages: &PageStore) -> Result<Option<Vec<u8>>> {
-    use whimbrel_images::page::{MemoryObject, PAGE_SIZE, PageRun, PageSource, PageState};
+    use whimbrel_images::page::{PageSource, PageState};
     let Some(vma) = task.mm.vmas.iter().find(|vma| vma.status & status::VDSO != 0) else {
         return Ok(None);
     };
@@ -609,92 +704,4 @@ fn vdso_contents(task: &TaskImage, pages: &PageStore) -> Result<Option<Vec<u8>>>
         .read_pages(MemoryObject::Task(task.entry.pid), run, &mut code)
         .context("read the vdso")?;
     Ok(states.contains(&PageState::Data).then_some(code))
-}
-
-/// Writes the contents of all memory, in as many threads as there are processors.
-fn fill(
-    sink: &MemorySink,
-    pages: &PageStore,
-    image: &TreeImage,
-    patches: &[(u32, Patches)],
-    lazy: &HashMap<u32, RunSet>,
-) -> Result<()> {
-    use std::os::unix::fs::FileExt;
-    use whimbrel_images::page::{MemoryObject, PAGE_SIZE, PageRun, PageSink};
-    const PART: u64 = 1 << 20;
-    let mut work = Vec::new();
-    for object in pages.objects() {
-        // This kernel's own vdso needs no contents.
-        let vdso = match object {
-            MemoryObject::Task(pid) => {
-                let kept = patches
-                    .iter()
-                    .any(|(other, patches)| *other == pid && !patches.is_empty());
-                let task = image.tasks.iter().find(|task| task.entry.pid == pid);
-                let vma = task.and_then(|task| task.mm.vmas.iter().find(|vma| vma.status & status::VDSO != 0));
-                vma.filter(|_| !kept).map(|vma| (vma.start, vma.end))
-            }
-            MemoryObject::Shmem(_) => None,
-        };
-        let follows = match object {
-            MemoryObject::Task(pid) => lazy.get(&pid),
-            MemoryObject::Shmem(_) => None,
-        };
-        for extent in pages.extents(object).context("read pagemaps")? {
-            if vdso.is_some_and(|(start, end)| extent.run.start >= start && extent.run.end() <= end) {
-                continue;
-            }
-            let whole = RunSet::from_runs(&[extent.run]);
-            let now = follows.map_or(whole.clone(), |follows| whole.subtract(follows));
-            for &(mut at, end) in now.ranges() {
-                while at < end {
-                    let bytes = (end - at).min(PART);
-                    let run = PageRun {
-                        start: at,
-                        pages: bytes / PAGE_SIZE as u64,
-                    };
-                    let offset = extent.offset + (at - extent.run.start);
-                    work.push((object, run, extent.file.clone(), offset));
-                    at += bytes;
-                }
-            }
-        }
-    }
-    let next = std::sync::atomic::AtomicUsize::new(0);
-    let threads = std::thread::available_parallelism()
-        .map_or(2, usize::from)
-        .min(16)
-        .min(work.len().max(1));
-    std::thread::scope(|scope| {
-        let workers: Vec<_> = (0..threads)
-            .map(|_| {
-                let (work, next) = (&work, &next);
-                let mut sink = sink.try_clone();
-                scope.spawn(move || -> Result<()> {
-                    let sink = sink
-                        .as_mut()
-                        .map_err(|error| Error::new("fill memory").because(error.to_string()))?;
-                    let mut buffer = Vec::new();
-                    loop {
-                        let index = next.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-                        let Some((object, run, file, offset)) = work.get(index) else {
-                            return Ok(());
-                        };
-                        let failed = || Error::new("fill memory").object(format!("{object:?} {:#x}", run.start));
-                        if sink.write_file(*object, *run, file, *offset) {
-                            continue;
-                        }
-                        buffer.resize(run.bytes() as usize, 0);
-                        file.read_exact_at(&mut buffer, *offset).with(failed)?;
-                        sink.write_pages(*object, *run, &buffer).with(failed)?;
-                    }
-                })
-            })
-            .collect();
-        workers.into_iter().try_for_each(|worker| {
-            worker
-                .join()
-                .unwrap_or_else(|_| Err(Error::new("fill memory").because("a worker panicked")))
-        })
-    })
 }

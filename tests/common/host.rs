@@ -6,7 +6,7 @@
 //!      └── b (10.77.0.2)                                    pids from 17,000
 //! ```
 //!
-//! Each has its own pid, network, mount and uts namespace, its own /proc, /run and nftables, and shares the files of the
+//! Each has its own pid, network, mount and uts namespace, its own /proc, /run, /dev/pts and nftables, and shares the files of the
 //! machine. Nothing has a name outside of them, so nothing can collide and nothing can be left behind: a namespace goes
 //! with its processes, and these go with their first one, which the kernel kills when this test's thread ends.
 
@@ -47,7 +47,8 @@ impl Host {
         std::fs::create_dir_all(directory.join("identity")).unwrap();
         // The first process ignores SIGCHLD, so that orphans never stay as zombies.
         let script = format!(
-            "ip link set lo up && mount -t tmpfs tmpfs /run && hostname whimbrel-test-{name} \
+            "ip link set lo up && mount -t tmpfs tmpfs /run && mount -t devpts -o ptmxmode=0666,mode=0620,gid=5 devpts /dev/pts \
+             && hostname whimbrel-test-{name} \
              && echo {last_pid} > /proc/sys/kernel/ns_last_pid && touch {}/up && exec env --ignore-signal=CHLD sleep 100000",
             directory.display()
         );
@@ -122,7 +123,7 @@ impl Host {
 
     /// Runs a command inside to its end, for at most a minute.
     pub fn run<S: AsRef<OsStr>>(&self, words: &[S]) -> Output {
-        let mut all: Vec<&OsStr> = ["timeout", "-s", "KILL", "60"].iter().map(OsStr::new).collect();
+        let mut all: Vec<&OsStr> = ["timeout", "-s", "KILL", "90"].iter().map(OsStr::new).collect();
         all.extend(words.iter().map(AsRef::as_ref));
         self.command(&all).output().unwrap()
     }
@@ -224,7 +225,12 @@ impl Hosts {
 
     /// Two hosts that do not know each other.
     pub fn strangers() -> Hosts {
-        let directory = tempfile::Builder::new().prefix("whimbrel-test-").tempdir().unwrap();
+        let directory = tempfile::Builder::new()
+            .prefix("whimbrel-test-")
+            // To look at afterwards.
+            .disable_cleanup(std::env::var_os("WHIMBREL_TEST_KEEP").is_some())
+            .tempdir()
+            .unwrap();
         let mut client = Host::new("client", directory.path(), 300);
         let mut a = Host::new("a", directory.path(), 2000);
         let mut b = Host::new("b", directory.path(), 17000);

@@ -96,7 +96,7 @@ impl Looks {
 
     /// Waits until the process looks like this again: a stub restores its thread a moment after the tool's death.
     pub fn must_return(&self, host: &Host, pid: i32, when: &str) {
-        let deadline = std::time::Instant::now() + super::PATIENCE / 2;
+        let deadline = std::time::Instant::now() + super::PATIENCE / 6;
         loop {
             let now = Looks::at(host, pid);
             if now == *self {

@@ -3,8 +3,10 @@
 // Every test binary compiles this and uses its own part of it.
 #![allow(dead_code, unused_imports)]
 
+pub mod facts;
 pub mod host;
 pub mod leftovers;
+pub mod program;
 pub mod redis;
 pub mod tool;
 pub mod victim;
@@ -17,7 +19,7 @@ pub use tool::{Migration, Serve};
 pub use victim::Victim;
 
 /// How long anything may take before a test gives up: generous, for no test is about time.
-pub const PATIENCE: Duration = Duration::from_secs(30);
+pub const PATIENCE: Duration = Duration::from_secs(90);
 
 /// Tells why a test does nothing here. `tests/run` collects these lines and compares them with `tests/expected-skips`.
 pub fn skip(reason: &str) {
@@ -64,13 +66,21 @@ pub fn alone() -> std::sync::MutexGuard<'static, ()> {
 ///
 /// # Panics
 /// When it does not, with the name of what was waited for.
-pub fn wait_for<T>(what: &str, mut condition: impl FnMut() -> Option<T>) -> T {
+pub fn wait_for<T>(what: &str, condition: impl FnMut() -> Option<T>) -> T {
+    wait_or(condition, || what.to_owned())
+}
+
+/// As [`wait_for`]; what was waited for, and how things stand, is asked when it was in vain.
+///
+/// # Panics
+/// As [`wait_for`].
+pub fn wait_or<T>(mut condition: impl FnMut() -> Option<T>, explain: impl FnOnce() -> String) -> T {
     let deadline = Instant::now() + PATIENCE;
     loop {
         if let Some(value) = condition() {
             return value;
         }
-        assert!(Instant::now() < deadline, "waited in vain: {what}");
+        assert!(Instant::now() < deadline, "waited in vain: {}", explain());
         std::thread::sleep(Duration::from_millis(5));
     }
 }

@@ -253,6 +253,29 @@ impl Migration {
         }
     }
 
+    /// Waits until something holds, and takes note of events meanwhile; false when it never does.
+    pub fn wait_until(&mut self, mut condition: impl FnMut(&mut Migration) -> bool) -> bool {
+        let deadline = Instant::now() + PATIENCE;
+        while Instant::now() < deadline {
+            if let Ok(event) = self.events.recv_timeout(std::time::Duration::from_millis(5)) {
+                self.seen.push(event);
+            }
+            if condition(self) {
+                return true;
+            }
+        }
+        false
+    }
+
+    /// Phases so far.
+    pub fn phases(&mut self) -> Vec<String> {
+        self.seen.extend(self.events.try_iter());
+        let phases = self.seen.iter().filter(|event| event["event"] == "phase");
+        phases
+            .filter_map(|event| event["phase"].as_str().map(str::to_owned))
+            .collect()
+    }
+
     /// What it said about errors, and what the destination says.
     pub fn errors(&self) -> String {
         let [ours, theirs] =

@@ -89,7 +89,7 @@ impl Victim {
             log,
             errors,
         };
-        victim.goes_on();
+        victim.goes_on(host);
         victim
     }
 
@@ -134,16 +134,35 @@ impl Victim {
     }
 
     /// It must do more rounds and find nothing wrong.
-    pub fn goes_on(&self) {
+    pub fn goes_on(&self, host: &Host) {
         let before = self.rounds();
-        wait_for(&format!("the program goes on; it says {}", self.errors()), || {
-            (self.rounds() >= before + 3).then_some(())
+        let goes_on = || (self.rounds() >= before + 3).then_some(());
+        super::wait_or(goes_on, || {
+            let threads = std::fs::read_dir(host.proc(self.pid, "task"))
+                .into_iter()
+                .flatten()
+                .flatten();
+            let thread = |entry: std::fs::DirEntry| {
+                let read = |name: &str| std::fs::read_to_string(entry.path().join(name)).unwrap_or_default();
+                format!(
+                    "{:.40} {} {}",
+                    read("stat"),
+                    read("syscall").trim(),
+                    read("stack").replace('\n', " ")
+                )
+            };
+            let threads: Vec<String> = threads.map(thread).collect();
+            format!(
+                "the program goes on after {before} rounds; {} {:#?} {threads:#?}",
+                self.errors(),
+                host.list()
+            )
         });
     }
 
     /// It must go on, on this host.
     pub fn goes_on_at(&self, host: &Host) {
-        self.goes_on();
+        self.goes_on(host);
         assert_eq!(self.whereabouts(), host.name, "the program runs elsewhere");
     }
 

@@ -1,4 +1,5 @@
-# A program whose shape changes all the time: it forks, maps, unmaps, moves, protects, starts and ends threads.
+# A program whose shape changes all the time: it forks, maps, unmaps, moves, protects, starts and ends threads:
+# [pages of an area at most] [whether it forks].
 import ctypes, mmap, random, threading
 
 libc = ctypes.CDLL(None, use_errno=True)
@@ -8,6 +9,8 @@ libc.mremap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctype
 libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+most = int(sys.argv[1]) if len(sys.argv) > 1 else 200
+forks = len(sys.argv) < 3 or sys.argv[2] == 'yes'
 areas = []
 lock = threading.Lock()
 
@@ -23,7 +26,7 @@ def holds(address, size, byte):
 
 
 def map_one():
-    size, byte = 4096 * random.randrange(1, 200), random.randrange(1, 256)
+    size, byte = 4096 * random.randrange(1, most), random.randrange(1, 256)
     address = libc.mmap(None, size, 3, 0x22, -1, 0)
     fill(address, size, byte)
     areas.append([address, size, byte])
@@ -86,7 +89,7 @@ def thread_one():
 def work():
     while len(areas) < 40: map_one()
     for _ in range(10): change_one()
-    fork_one()
+    if forks: fork_one()
     thread_one()
     for area in areas: check('area at rest', holds(*area))
 

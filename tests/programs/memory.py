@@ -1,5 +1,5 @@
 # Memory that is written all the time, and looked at: MIB [MIB per round]. Each page tells when it was last written.
-import random, struct
+import mmap, random, struct
 
 PAGE = 4096
 pages = int(sys.argv[1]) * 256
@@ -25,6 +25,22 @@ def look(page):
 
 for page in range(pages): write(page)
 at = 0
+# A file that is mapped privately: zeros over it are not the file, and what is given back is the file again.
+with open(LOG + '.file', 'wb') as file: file.write(b'f' * 16 * PAGE)
+with open(LOG + '.file', 'r+b') as file:
+    private = mmap.mmap(file.fileno(), 16 * PAGE, flags=mmap.MAP_PRIVATE)
+private[3 * PAGE:4 * PAGE] = bytes(PAGE)
+changing = b'f'
+
+
+def look_at_file():
+    global changing
+    check('zeros over a file', private[3 * PAGE:4 * PAGE].count(0), PAGE)
+    check('the file beside them', private[4 * PAGE:5 * PAGE].count(b'f'), PAGE)
+    check('the page that changes', private[7 * PAGE:8 * PAGE].count(changing), PAGE)
+    changing = {b'f': b'\0', b'\0': b'x', b'x': b'f'}[changing]
+    if changing == b'f': private.madvise(mmap.MADV_DONTNEED, 7 * PAGE, PAGE)
+    else: private[7 * PAGE:8 * PAGE] = changing * PAGE
 
 
 def work():
@@ -34,6 +50,7 @@ def work():
     for page in range(at, min(at + pages // 64 + 1, pages)): look(page)
     at = (at + pages // 64 + 1) % pages
     for _ in range(50): look(random.randrange(pages))
+    look_at_file()
 
 
 forever(work)

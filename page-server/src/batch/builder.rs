@@ -72,7 +72,7 @@ impl Builder {
         Ok(())
     }
 
-    /// Takes pages without bytes: zero or parent pages.
+    /// Takes pages without bytes.
     ///
     /// # Errors
     /// Those of `full`.

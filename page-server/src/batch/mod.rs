@@ -3,10 +3,10 @@
 //! ```text
 //!  0 magic "WBAT" │ 4 object kind u8 │ 5 codec u8 │ 6 zero u16 │ 8 object id u32 │ 12 runs u32
 //! 16 sequence u64 │ 24 content bytes u32 │ 28 payload bytes u32 │ 32 xxh3-64 of object, sequence, runs and content
-//! 40 runs, 16 bytes each:  start u64 with the kind in its low two bits │ pages u64
+//! 40 runs, 16 bytes each:  start u64 with the kind in its low three bits │ pages u64
 //!    payload: the content, raw or compressed
 //!
-//! content: the bytes of the data and delta runs in the order of the runs; zero and parent runs have none.
+//! content: the bytes of the data and delta runs in the order of the runs; the others have none.
 //! ```
 //!
 //! All numbers are little endian. For delta runs the payload holds the difference (XOR) to the version sent before; the
@@ -35,6 +35,8 @@ pub const HEADER_BYTES: usize = 40;
 pub const MAX_RUNS: usize = 16384;
 
 const RUN_BYTES: usize = 16;
+/// Of the start of a run: pages begin at larger powers of two.
+const KIND_BITS: u64 = 7;
 const MAGIC: [u8; 4] = *b"WBAT";
 
 /// Largest encoded batch whose content is at most `content` bytes.
@@ -47,17 +49,21 @@ pub fn max_encoded(content: usize) -> usize {
 pub enum RunKind {
     /// Their bytes are in the content.
     Data,
-    /// They are all zeros.
+    /// They hold nothing but zeros.
     Zero,
     /// They did not change since the parent dump.
     Parent,
     /// Their difference to the version sent before is in the content.
     Delta,
+    /// They are not populated.
+    Gone,
 }
 
 impl RunKind {
-    fn from_wire(bits: u64) -> Self {
-        [Self::Data, Self::Zero, Self::Parent, Self::Delta][(bits & 3) as usize]
+    const ALL: [Self; 5] = [Self::Data, Self::Zero, Self::Parent, Self::Delta, Self::Gone];
+
+    fn from_wire(word: u64) -> Option<Self> {
+        Self::ALL.get((word & KIND_BITS) as usize).copied()
     }
 
     fn has_content(self) -> bool {
@@ -80,7 +86,7 @@ pub enum BatchError {
     /// It ends before its header says so.
     #[error("page batch is truncated")]
     Truncated,
-    /// It does not begin like a batch, or uses a codec or object kind that is not known.
+    /// It does not begin like a batch, or uses a codec, or a kind of object or run, that is not known.
     #[error("page batch has an unknown {0}")]
     Unknown(&'static str),
     /// A size is over its limit.
@@ -216,7 +222,8 @@ impl Batch {
                     content = rest;
                     sink.write_pages(self.object, run, data)?;
                 }
-                RunKind::Zero => sink.zero_pages(self.object, run)?,
+                RunKind::Zero => sink.zeros(self.object, run)?,
+                RunKind::Gone => sink.zero_pages(self.object, run)?,
                 RunKind::Parent => sink.parent_pages(self.object, run)?,
                 RunKind::Delta => return Err(io::Error::other(BatchError::NoBase { start: run.start })),
             }
@@ -260,13 +267,11 @@ fn decode_runs(bytes: &[u8], content_bytes: u64) -> Result<Vec<(PageRun, RunKind
     for entry in bytes.chunks_exact(RUN_BYTES) {
         let word = u64::from_le_bytes(entry[..8].try_into().expect("8 bytes"));
         let pages = u64::from_le_bytes(entry[8..].try_into().expect("8 bytes"));
-        let (run, kind) = (
-            PageRun {
-                start: word & !3,
-                pages,
-            },
-            RunKind::from_wire(word),
-        );
+        let kind = RunKind::from_wire(word).ok_or(BatchError::Unknown("kind of run"))?;
+        let run = PageRun {
+            start: word & !KIND_BITS,
+            pages,
+        };
         if !is_valid_run(run) {
             return Err(BatchError::BadRun {
                 start: run.start,

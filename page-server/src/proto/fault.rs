@@ -94,14 +94,19 @@ impl PageRequest {
 impl PageReply {
     /// The reply as bytes; compressed with zstd at `level` if that is given and it helps.
     pub fn encode(&self, level: Option<i32>) -> Vec<u8> {
-        let pages = self.states.len();
-        let mut data = Vec::with_capacity(self.data.len());
-        for (state, page) in self.states.iter().zip(self.data.chunks_exact(PAGE_SIZE)) {
+        Self::encode_pages(&self.states, &self.data, level)
+    }
+
+    /// As [`PageReply::encode`], of these states and bytes.
+    pub fn encode_pages(states: &[PageState], bytes: &[u8], level: Option<i32>) -> Vec<u8> {
+        let pages = states.len();
+        let mut data = Vec::with_capacity(bytes.len());
+        for (state, page) in states.iter().zip(bytes.chunks_exact(PAGE_SIZE)) {
             if *state == PageState::Data {
                 data.extend_from_slice(page);
             }
         }
-        let states: Vec<u8> = self.states.iter().map(|state| state_to_wire(*state)).collect();
+        let states: Vec<u8> = states.iter().map(|state| state_to_wire(*state)).collect();
         let checksum = reply_checksum(&states, &data);
         let data_bytes = data.len() as u32;
         let mut codec = 0;

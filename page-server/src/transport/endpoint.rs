@@ -2,6 +2,7 @@
 
 use std::{
     collections::HashMap,
+    io,
     net::{SocketAddr, UdpSocket},
     sync::{Arc, Mutex, Weak},
 };
@@ -74,6 +75,8 @@ pub struct Endpoint(Arc<Inner>);
 #[derive(Debug)]
 struct Inner {
     quinn: quinn::Endpoint,
+    /// A duplicate of its socket.
+    socket: UdpSocket,
     common: Arc<Common>,
     incoming: tokio::sync::Mutex<mpsc::Receiver<Result<Incoming, Error>>>,
     acceptor: tokio::task::AbortHandle,
@@ -91,7 +94,8 @@ impl Endpoint {
     /// # Errors
     /// When the credentials cannot be used or the socket cannot be opened.
     pub fn bind(address: SocketAddr, credentials: &Credentials, options: Options) -> Result<Self, Error> {
-        Self::open(address, Arc::new(Authenticator::new(credentials)?), options)
+        let socket = UdpSocket::bind(address).map_err(|source| cannot_bind(address, source))?;
+        Self::open(socket, Arc::new(Authenticator::new(credentials)?), options)
     }
 
     /// Another socket of the same host, on any port, with the same identity and options: what it carries waits neither
@@ -106,14 +110,26 @@ impl Endpoint {
             SocketAddr::from(([0, 0, 0, 0], 0))
         };
         let common = &self.0.common;
-        Self::open(any, common.authenticator.clone(), common.options.clone())
+        let socket = UdpSocket::bind(any).map_err(|source| cannot_bind(any, source))?;
+        Self::open(socket, common.authenticator.clone(), common.options.clone())
     }
 
-    fn open(address: SocketAddr, authenticator: Arc<Authenticator>, options: Options) -> Result<Self, Error> {
-        let bind_error = |source| Error::Bind {
-            address,
-            source: Arc::new(source),
-        };
+    /// Another socket on the port of this one, for what comes from `peer` alone: no second port needs to be reachable.
+    /// What the peer sends by another way (from behind a translated address, to another address of this host) arrives at
+    /// this endpoint as before. Must be called inside the runtime that is to drive it.
+    ///
+    /// # Errors
+    /// As [`Endpoint::bind`].
+    pub fn for_peer(&self, peer: SocketAddr) -> Result<Self, Error> {
+        let common = &self.0.common;
+        let address = self.local_address().map_err(|source| cannot_bind(NOWHERE, source))?;
+        let socket = connected_beside(&self.0.socket, address, peer).map_err(|source| cannot_bind(address, source))?;
+        Self::open(socket, common.authenticator.clone(), common.options.clone())
+    }
+
+    fn open(socket: UdpSocket, authenticator: Arc<Authenticator>, options: Options) -> Result<Self, Error> {
+        let address = socket.local_addr().unwrap_or(NOWHERE);
+        let bind_error = |source| cannot_bind(address, source);
         let transport = Arc::new(transport_config(&options));
         let mut server = server_config(&authenticator, &transport, &Outcome::default())?;
         server.max_incoming(options.max_handshakes * 2);
@@ -121,7 +137,6 @@ impl Endpoint {
         config
             .max_udp_payload_size(options.max_udp_payload.max(1472))
             .expect("within bounds");
-        let socket = UdpSocket::bind(address).map_err(bind_error)?;
         // Best effort: with the kernel's default the socket only loses packets earlier.
         {
             use rustix::net::sockopt;
@@ -129,6 +144,7 @@ impl Endpoint {
                 .or_else(|_| sockopt::set_socket_recv_buffer_size(&socket, SOCKET_BUFFER));
             let _ = sockopt::set_socket_send_buffer_size(&socket, SOCKET_BUFFER);
         }
+        let beside = socket.try_clone().map_err(bind_error)?;
         let runtime = Arc::new(quinn::TokioRuntime);
         let quinn = quinn::Endpoint::new(config, Some(server), socket, runtime).map_err(bind_error)?;
         let common = Arc::new(Common {
@@ -141,6 +157,7 @@ impl Endpoint {
         let acceptor = tokio::spawn(accept_all(quinn.clone(), common.clone(), sender)).abort_handle();
         Ok(Self(Arc::new(Inner {
             quinn,
+            socket: beside,
             common,
             incoming: tokio::sync::Mutex::new(receiver),
             acceptor,
@@ -201,6 +218,36 @@ impl Endpoint {
         self.0.quinn.close(connection::CLOSE_BROKEN.into(), b"endpoint closed");
         self.0.quinn.wait_idle().await;
     }
+}
+
+const NOWHERE: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED), 0);
+
+fn cannot_bind(address: SocketAddr, source: io::Error) -> Error {
+    Error::Bind {
+        address,
+        source: Arc::new(source),
+    }
+}
+
+/// A socket that shares the port of `first` and is connected. The kernel prefers it for what comes from its peer.
+fn connected_beside(first: &UdpSocket, address: SocketAddr, peer: SocketAddr) -> io::Result<UdpSocket> {
+    use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, connect, socket_with, sockopt};
+    let family = match address {
+        SocketAddr::V4(_) => AddressFamily::INET,
+        SocketAddr::V6(_) => AddressFamily::INET6,
+    };
+    let second = socket_with(family, SocketType::DGRAM, SocketFlags::CLOEXEC, None)?;
+    sockopt::set_socket_reuseport(&second, true)?;
+    // Only for the moment of the bind(2): another server that is started on this port must be told that it is taken.
+    sockopt::set_socket_reuseport(first, true)?;
+    let bound = bind(&second, &address).and_then(|()| connect(&second, &peer));
+    sockopt::set_socket_reuseport(first, false)?;
+    bound?;
+    // Between the two calls it was open to everybody. What came is sent again, to the other socket.
+    let second = UdpSocket::from(second);
+    second.set_nonblocking(true)?;
+    while second.recv(&mut [0; 1]).is_ok() {}
+    Ok(second)
 }
 
 fn server_config(

@@ -4,11 +4,12 @@ use std::{io, sync::Arc, time::Instant};
 
 use quinn::{RecvStream, SendStream};
 use tokio::sync::{Semaphore, watch};
-use whimbrel_images::page::{MemoryObject, PAGE_SIZE, PageRun, PageSource, PageState};
+use whimbrel_images::page::{MemoryObject, PAGE_SIZE, PageBuffer, PageRun, PageSource, PageState};
 
 use super::{
-    Error, PeerInfo, SessionRequest,
+    DirectRuntime, Error, PeerInfo, SessionRequest,
     connection::{CLOSE_BROKEN, CLOSE_DONE, Wire},
+    runtime::Direct,
 };
 use crate::proto::{
     ProtocolError, Role, SessionId,
@@ -97,9 +98,34 @@ pub struct FaultClient(Arc<ClientInner>);
 
 #[derive(Debug)]
 struct ClientInner {
-    handle: tokio::runtime::Handle,
+    driver: Driver,
     link: watch::Sender<Client>,
     pipeline: Semaphore,
+}
+
+/// What plain threads wait in.
+#[derive(Debug)]
+enum Driver {
+    /// A runtime with threads of its own.
+    Threads(tokio::runtime::Handle),
+    /// One that they drive themselves.
+    Callers(Arc<Direct>),
+}
+
+impl Driver {
+    fn block_on<F: Future>(&self, future: F) -> F::Output {
+        match self {
+            Driver::Threads(handle) => handle.block_on(future),
+            Driver::Callers(direct) => direct.block_on(future),
+        }
+    }
+
+    fn handle(&self) -> &tokio::runtime::Handle {
+        match self {
+            Driver::Threads(handle) => handle,
+            Driver::Callers(direct) => direct.handle(),
+        }
+    }
 }
 
 #[derive(Clone, Debug)]
@@ -122,11 +148,23 @@ impl FaultClient {
     /// # Errors
     /// When the connection was opened for this side to serve.
     pub fn new(link: FaultLink) -> Result<Self, Error> {
+        Self::with_driver(link, Driver::Threads(tokio::runtime::Handle::current()))
+    }
+
+    /// A client whose callers drive `runtime`, and with it their own requests, if the connection belongs to an endpoint
+    /// of that runtime. To be used from plain threads only.
+    ///
+    /// # Errors
+    /// As [`FaultClient::new`].
+    pub fn direct(link: FaultLink, runtime: &DirectRuntime) -> Result<Self, Error> {
+        Self::with_driver(link, Driver::Callers(runtime.direct()))
+    }
+
+    fn with_driver(link: FaultLink, driver: Driver) -> Result<Self, Error> {
         check_asks(&link)?;
-        let handle = tokio::runtime::Handle::current();
         let link = watch::Sender::new(Client::Connected(Arc::new(link)));
         Ok(Self(Arc::new(ClientInner {
-            handle,
+            driver,
             link,
             pipeline: Semaphore::new(PIPELINE),
         })))
@@ -182,7 +220,7 @@ impl FaultClient {
     /// # Errors
     /// As [`FaultClient::request`].
     pub fn request_blocking(&self, object: MemoryObject, run: PageRun, urgent: bool) -> Result<PageReply, Error> {
-        self.0.handle.block_on(self.request(object, run, urgent))
+        self.0.driver.block_on(self.request(object, run, urgent))
     }
 
     /// Goes on with another connection. Requests that were not answered are asked again there.
@@ -292,7 +330,7 @@ impl PageSource for FaultClient {
             start: run.start + first * PAGE_SIZE as u64,
             pages: CHUNK.min(run.pages - first),
         });
-        self.0.handle.block_on(async {
+        self.0.driver.block_on(async {
             let mut states = Vec::with_capacity(run.pages as usize);
             let mut rest = buffer;
             let mut chunks = chunks.peekable();
@@ -302,9 +340,12 @@ impl PageSource for FaultClient {
                     && let Some(chunk) = chunks.next()
                 {
                     let client = self.clone();
-                    under_way.push_back(AbortOnDrop(tokio::spawn(async move {
-                        client.request(object, chunk, false).await
-                    })));
+                    under_way.push_back(AbortOnDrop(
+                        self.0
+                            .driver
+                            .handle()
+                            .spawn(async move { client.request(object, chunk, false).await }),
+                    ));
                 }
                 let Some(mut next) = under_way.pop_front() else {
                     return Ok(states);
@@ -472,9 +513,12 @@ impl FaultServer {
         let source = self.source.clone();
         let level = self.level.filter(|_| !request.urgent);
         let read = move || {
-            let mut data = vec![0; request.run.bytes() as usize];
-            match source.read_pages(request.object, request.run, &mut data) {
-                Ok(states) if states.len() as u64 == request.run.pages => PageReply { states, data }.encode(level),
+            let length = request.run.bytes() as usize;
+            let mut pages = PageBuffer::new(length);
+            match source.read_pages(request.object, request.run, pages.first_mut(length)) {
+                Ok(states) if states.len() as u64 == request.run.pages => {
+                    PageReply::encode_pages(&states, pages.first(length), level)
+                }
                 Ok(_) => PageReply::encode_refusal("the source did not tell the state of every page"),
                 Err(error) => PageReply::encode_refusal(&error.to_string()),
             }

@@ -79,6 +79,11 @@ impl LinkHandle {
         self.quinn.close(code.into(), &reason.as_bytes()[..end]);
     }
 
+    /// Waits until the connection has ended.
+    pub(super) async fn closed(&self) {
+        self.quinn.closed().await;
+    }
+
     /// Ends the connection but not the session.
     pub(super) fn drop_connection(&self, reason: &str) {
         self.close(CLOSE_BROKEN, reason);

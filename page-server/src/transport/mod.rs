@@ -17,17 +17,19 @@ mod error;
 mod faults;
 mod link;
 mod receiver;
+mod runtime;
 mod sender;
 mod session;
 mod tls;
 
-use std::{io, time::Duration};
+use std::time::Duration;
 
 pub use connection::{Connection, Incoming, SessionRequest};
 pub use endpoint::Endpoint;
 pub use error::{Error, RefusalCode};
 pub use faults::{FaultClient, FaultLink, FaultServer, UrgentPages};
 pub use receiver::{ReceiveHandle, ReceiveStats};
+pub use runtime::{DirectRuntime, Runtime};
 pub use sender::{PageSender, RoundStats};
 pub use session::{Received, Session};
 pub use tls::{Credentials, TlsFiles, Trust};
@@ -130,36 +132,6 @@ impl Default for Options {
             max_handshakes: 64,
             max_udp_payload: 6500,
         }
-    }
-}
-
-/// The threads that drive endpoints, for programs that are not async themselves.
-#[derive(Debug)]
-pub struct Runtime(tokio::runtime::Runtime);
-
-impl Runtime {
-    /// A runtime with this many threads.
-    ///
-    /// # Errors
-    /// When the threads cannot be started.
-    pub fn new(threads: usize) -> io::Result<Self> {
-        let mut builder = tokio::runtime::Builder::new_multi_thread();
-        builder
-            .worker_threads(threads.max(1))
-            .thread_name("whimbrel-net")
-            .enable_all()
-            .build()
-            .map(Self)
-    }
-
-    /// Runs a future to its end on this thread.
-    pub fn block_on<F: Future>(&self, future: F) -> F::Output {
-        self.0.block_on(future)
-    }
-
-    /// The handle of the runtime.
-    pub fn handle(&self) -> &tokio::runtime::Handle {
-        self.0.handle()
     }
 }
 

@@ -61,7 +61,7 @@ impl Counters {
         for (run, kind) in &batch.runs {
             let counter = match kind {
                 RunKind::Data | RunKind::Delta => &self.pages,
-                RunKind::Zero => &self.zero_pages,
+                RunKind::Zero | RunKind::Gone => &self.zero_pages,
                 RunKind::Parent => &self.parent_pages,
             };
             counter.fetch_add(run.pages, Relaxed);
@@ -223,16 +223,24 @@ impl PageSink for PageSender {
         Ok(lock(&self.builder).push_data(object, run, data, |batch| core.submit(batch))?)
     }
 
+    fn zeros(&mut self, object: MemoryObject, run: PageRun) -> io::Result<()> {
+        self.send_empty(object, run, RunKind::Zero)
+    }
+
     fn zero_pages(&mut self, object: MemoryObject, run: PageRun) -> io::Result<()> {
-        check(run, None)?;
-        let core = &self.core;
-        Ok(lock(&self.builder).push_empty(object, run, RunKind::Zero, |batch| core.submit(batch))?)
+        self.send_empty(object, run, RunKind::Gone)
     }
 
     fn parent_pages(&mut self, object: MemoryObject, run: PageRun) -> io::Result<()> {
+        self.send_empty(object, run, RunKind::Parent)
+    }
+}
+
+impl PageSender {
+    fn send_empty(&mut self, object: MemoryObject, run: PageRun, kind: RunKind) -> io::Result<()> {
         check(run, None)?;
         let core = &self.core;
-        Ok(lock(&self.builder).push_empty(object, run, RunKind::Parent, |batch| core.submit(batch))?)
+        Ok(lock(&self.builder).push_empty(object, run, kind, |batch| core.submit(batch))?)
     }
 }
 

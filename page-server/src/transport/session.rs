@@ -2,7 +2,7 @@
 
 use std::{
     sync::{Arc, Condvar, Mutex, MutexGuard},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use bytes::Bytes;
@@ -25,6 +25,9 @@ use crate::{
         wire::{self, control::Kind},
     },
 };
+
+/// How long the side that was called waits for the other to close the connection of a complete session.
+const CLOSE_PATIENCE: Duration = Duration::from_secs(1);
 
 /// What the peer sent, in the order in which it sent it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -49,6 +52,8 @@ pub(super) struct Shared {
     pub(super) delta_pages: usize,
     pub(super) options: Options,
     pub(super) handle: tokio::runtime::Handle,
+    /// Whether this side called the other.
+    dialed: bool,
     dialer: Option<Dialer>,
     inner: Mutex<Inner>,
     /// Wakes blocking threads after every change of `inner`.
@@ -141,6 +146,7 @@ impl Shared {
             capabilities,
             delta_pages,
             handle: tokio::runtime::Handle::current(),
+            dialed: dialer.is_some(),
             dialer: dialer.filter(|_| options.redial),
             inner: Mutex::new(inner),
             condvar: Condvar::new(),
@@ -313,11 +319,22 @@ impl Shared {
         }
         if let Some(link) = inner.link.take() {
             match tell {
+                Some((CLOSE_FAILED, reason)) if !self.dialed => self.tell_failure(link, reason),
                 Some((code, reason)) => link.close(code, &reason),
                 None => link.close(CLOSE_FAILED, "the other side failed"),
             }
         }
         self.wake();
+    }
+
+    /// Says why the session failed, and leaves the closing to the side that called, for a while: a close of ours is not
+    /// repeated, and if it is lost, all that the other side learns is that the session is not here any more.
+    fn tell_failure(&self, link: LinkHandle, reason: String) {
+        link.control(Kind::Failed(wire::Failed { reason: reason.clone() }), None);
+        self.handle.spawn(async move {
+            let _ = tokio::time::timeout(CLOSE_PATIENCE, link.closed()).await;
+            link.close(CLOSE_FAILED, &reason);
+        });
     }
 
     pub(super) fn protocol_error(&self, source: ProtocolError) {
@@ -672,7 +689,9 @@ impl Session {
     /// When the session fails before that.
     pub async fn close(&self) -> Result<(), Error> {
         self.begin_close();
-        self.shared().wait(|inner| self.step_close(inner)).await
+        let link = self.shared().wait(|inner| self.step_close(inner)).await?;
+        self.end_link(link).await;
+        Ok(())
     }
 
     /// As [`Session::close`], for plain threads.
@@ -681,7 +700,9 @@ impl Session {
     /// As [`Session::close`].
     pub fn close_blocking(&self) -> Result<(), Error> {
         self.begin_close();
-        self.shared().wait_blocking(|inner| self.step_close(inner))
+        let link = self.shared().wait_blocking(|inner| self.step_close(inner))?;
+        self.shared().handle.block_on(self.end_link(link));
+        Ok(())
     }
 
     fn begin_close(&self) {
@@ -692,12 +713,13 @@ impl Session {
         }
     }
 
-    fn step_close(&self, inner: &mut Inner) -> Option<Result<(), Error>> {
+    /// Gives the connection, if there still is one, once all is done on both sides.
+    fn step_close(&self, inner: &mut Inner) -> Option<Result<Option<LinkHandle>, Error>> {
         if let Some(error) = &inner.failure {
             return Some(Err(error.clone()));
         }
         if inner.closed {
-            return Some(Ok(()));
+            return Some(Ok(None));
         }
         while let Some((_, acknowledgement)) = inner.state.next_item() {
             inner.control(acknowledgement);
@@ -713,11 +735,19 @@ impl Session {
             return None;
         }
         inner.closed = true;
-        if let Some(link) = inner.link.take() {
-            link.close(CLOSE_DONE, "");
-        }
         self.shared().wake();
-        Some(Ok(()))
+        Some(Ok(inner.link.take()))
+    }
+
+    /// Ends the connection of a complete session. A close overtakes what was written before it, and is not repeated once
+    /// its process is gone. So the side that was called leaves the closing to the side that called, for a while: that one
+    /// may still wait for the end that was written last.
+    async fn end_link(&self, link: Option<LinkHandle>) {
+        let Some(link) = link else { return };
+        if !self.shared().dialed {
+            let _ = tokio::time::timeout(CLOSE_PATIENCE, link.closed()).await;
+        }
+        link.close(CLOSE_DONE, "");
     }
 
     /// Gives the session up at once; the peer hears why.

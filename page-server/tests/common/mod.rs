@@ -38,6 +38,10 @@ impl PageSink for Memory {
         Ok(())
     }
 
+    fn zeros(&mut self, object: MemoryObject, run: PageRun) -> io::Result<()> {
+        self.zero_pages(object, run)
+    }
+
     fn zero_pages(&mut self, object: MemoryObject, run: PageRun) -> io::Result<()> {
         let mut pages = self.pages.lock().unwrap();
         (0..run.pages).for_each(|page| drop(pages.insert((object, run.start + page * PAGE_SIZE as u64), vec![])));

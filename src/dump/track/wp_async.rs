@@ -27,36 +27,32 @@ pub struct WpAsync {
     uffd: Userfault,
     pages: Pages,
     registered: RunSet,
+    /// Pages whose protection a failed look has renewed, so that no later one finds them written.
+    lost: RunSet,
+    /// Pages over files that were the process's own at the last look. When it gives one back the kernel keeps the protection
+    /// (mm/memory.c, zap_install_uffd_wp_if_needed), so that it does not count as written: it must be looked for.
+    over_files: RunSet,
 }
 
 impl WpAsync {
     /// Starts to watch `pid`.
     ///
     /// # Errors
-    /// When it cannot be stopped for a moment, uses userfaultfd itself, or the kernel lacks WP_ASYNC (before 6.7).
+    /// When it cannot be stopped for a moment, or the kernel lacks WP_ASYNC (before 6.7). Memory that the program has
+    /// registered with a userfaultfd of its own is not watched.
     pub fn attach(pid: i32, cache: &mut GadgetCache) -> Result<WpAsync> {
-        let maps = procfs::maps::parse(&procfs::read(pid, "smaps")?)?;
-        if maps
-            .iter()
-            .any(|map| map.has(b"um") || map.has(b"uw") || map.has(b"ui"))
-        {
-            return Err(Error::new("watch memory")
-                .task(pid)
-                .because("the program uses userfaultfd itself"));
-        }
+        let maps = procfs::maps::parse(&procfs::read(pid, "maps")?)?;
         let gadgets = Gadgets::find(pid, &maps, cache)?;
         let uffd = make_userfaultfd(pid, &maps, gadgets)?;
         let features = Features::WP_ASYNC | Features::PAGEFAULT_FLAG_WP | Features::WP_UNPOPULATED;
-        uffd.api(features).with(|| {
-            Error::new("watch memory")
-                .task(pid)
-                .hint("asynchronous write protection needs Linux 6.7; use --mode post-copy without it")
-        })?;
+        uffd.api(features).with(|| Error::new("watch memory").task(pid))?;
         Ok(WpAsync {
             pid,
             uffd,
             pages: Pages::open(pid)?,
             registered: RunSet::default(),
+            lost: RunSet::default(),
+            over_files: RunSet::default(),
         })
     }
 
@@ -80,12 +76,58 @@ impl WpAsync {
         Ok(RunSet::from_runs(&runs))
     }
 
-    /// Registers a mapping where that is possible and worth it.
-    fn register(&self, map: &Mapping, populated: u64) -> bool {
-        let sparse = map.len() > LARGE && populated.saturating_mul(16) < map.len();
-        let watchable = (map.prot & libc::PROT_WRITE != 0 || populated > 0) && !sparse;
-        watchable && self.uffd.register(map.start, map.len(), RegisterMode::WP).is_ok()
+    /// Registers the stretches of memory that contain something new.
+    ///
+    /// Whole stretches, and what is between their mappings too: a mapping may have grown since `maps` were read, and to
+    /// register part of it would split it, which its owner would notice (mremap(2) fails on a range of two mappings).
+    fn register(&self, maps: &[Mapping]) {
+        for (start, end) in stretches(maps) {
+            let inside: Vec<&Mapping> = maps.iter().filter(|map| start <= map.start && map.end <= end).collect();
+            let known = |map: &&Mapping| self.registered.covers(map.start, map.end);
+            if inside.iter().all(known) {
+                continue;
+            }
+            let error = match self.uffd.register(start, end - start, RegisterMode::WP) {
+                Ok(_) => continue,
+                Err(error) => error.raw_os_error(),
+            };
+            // Something in there is of a kind that refuses, or has somebody else's userfaultfd: the others one by one.
+            if matches!(error, Some(libc::EINVAL | libc::EPERM | libc::EBUSY)) {
+                for map in inside {
+                    let _ = self.uffd.register(map.start, map.len(), RegisterMode::WP);
+                }
+            }
+        }
     }
+}
+
+/// Is it worth to watch this mapping? What can be neither written nor read for its contents is not.
+fn is_worth(map: &Mapping, populated: u64) -> bool {
+    let sparse = map.len() > LARGE && populated.saturating_mul(16) < map.len();
+    (map.prot & libc::PROT_WRITE != 0 || populated > 0) && !sparse
+}
+
+/// Where only mappings are that can be watched, with the gaps around them, up to those that cannot.
+fn stretches(maps: &[Mapping]) -> Vec<(u64, u64)> {
+    let mut stretches = Vec::new();
+    let (mut open, mut last) = (None, maps.first().map_or(0, |map| map.start));
+    for map in maps {
+        match (open, is_watched(map)) {
+            (None, true) => open = Some(last),
+            (Some(start), false) => {
+                stretches.push((start, map.start));
+                open = None;
+            }
+            _ => {}
+        }
+        last = map.end;
+    }
+    stretches.extend(open.map(|start| (start, last)));
+    // Beyond this are pages of the kernel.
+    for (_, end) in &mut stretches {
+        *end = (*end).min(crate::arch::TASK_SIZE);
+    }
+    stretches
 }
 
 fn make_userfaultfd(pid: i32, maps: &[Mapping], gadgets: Gadgets) -> Result<Userfault> {
@@ -105,16 +147,44 @@ fn make_userfaultfd(pid: i32, maps: &[Mapping], gadgets: Gadgets) -> Result<User
     made.map(Userfault::from)
 }
 
-impl Tracker for WpAsync {
-    fn look(&mut self, maps: &[Mapping]) -> Result<Look> {
+/// What a look has come to so far.
+#[derive(Default)]
+struct Found {
+    dirty: Vec<(u64, u64)>,
+    gone: Vec<(u64, u64)>,
+    registered: Vec<(u64, u64)>,
+    watched: Vec<(u64, u64)>,
+    /// What is protected anew: only this look knows that it was written.
+    written: Vec<(u64, u64)>,
+    over_files: Vec<(u64, u64)>,
+}
+
+impl WpAsync {
+    fn look_with(&mut self, maps: &[Mapping], start_anew: bool) -> Result<Look> {
+        let mut found = Found::default();
+        if let Err(error) = self.scan(maps, start_anew, &mut found) {
+            self.lost = self.lost.union(&RunSet::from_ranges(found.written));
+            return Err(error);
+        }
+        self.registered = RunSet::from_ranges(found.registered);
+        self.lost = RunSet::default();
+        self.over_files = RunSet::from_ranges(found.over_files);
+        let [dirty, gone, watched] = [found.dirty, found.gone, found.watched].map(RunSet::from_ranges);
+        Ok(Look { dirty, gone, watched })
+    }
+
+    fn scan(&self, maps: &[Mapping], start_anew: bool, all: &mut Found) -> Result<()> {
+        let protect = if start_anew { ScanFlags::WP_MATCHING.0 } else { 0 };
         // Written alone: with other categories the kernel counts unpopulated pages as clean.
         let request = ScanRequest {
-            flags: ScanFlags(ScanFlags::WP_MATCHING.0 | ScanFlags::CHECK_WPASYNC.0),
+            flags: ScanFlags(protect | ScanFlags::CHECK_WPASYNC.0),
             mask: Categories::WRITTEN,
             returned: Categories::WRITTEN,
             ..ScanRequest::default()
         };
-        let (mut dirty, mut gone, mut registered, mut watched) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        if start_anew {
+            self.register(maps);
+        }
         for map in maps.iter().filter(|map| is_watched(map)) {
             let range = RunSet::from_ranges(vec![(map.start, map.end)]);
             let scan = |found: &mut Vec<_>| {
@@ -122,30 +192,47 @@ impl Tracker for WpAsync {
             };
             let mut found = Vec::new();
             // A mapping that was made since the last look, or made again at the same place, is not ours yet.
-            let known = self.registered.intersect(&range) == range && scan(&mut found);
+            let known = self.registered.covers(map.start, map.end) && scan(&mut found);
             let written = if known {
-                RunSet::from_ranges(found.iter().map(|region| (region.start, region.end)).collect())
+                all.registered.push((map.start, map.end));
+                let found = RunSet::from_ranges(found.iter().map(|region| (region.start, region.end)).collect());
+                found.union(&self.lost.intersect(&range))
             } else {
+                range.clone()
+            };
+            all.written.extend_from_slice(written.ranges());
+            if !known && start_anew {
                 let mut own = Vec::new();
                 self.pages.own(map.start, map.end, &mut own)?;
-                if self.register(map, own.iter().map(|run| run.bytes()).sum()) && scan(&mut Vec::new()) {
-                    registered.push((map.start, map.end));
+                if is_worth(map, own.iter().map(|run| run.bytes()).sum()) && scan(&mut Vec::new()) {
+                    all.registered.push((map.start, map.end));
                 }
-                range
-            };
-            if known {
-                registered.push((map.start, map.end));
             }
             // Asked only where something was written: the time does not grow with the memory that was not. After the
             // protection is on, so that what is written in between is found again next time.
             let own = self.populated_near(&written)?;
-            watched.push((map.start, map.end));
-            dirty.extend_from_slice(written.intersect(&own).ranges());
-            gone.extend_from_slice(written.subtract(&own).ranges());
+            all.watched.push((map.start, map.end));
+            let dirty = written.intersect(&own);
+            all.gone.extend_from_slice(written.subtract(&own).ranges());
+            if map.inode != 0 {
+                let before = self.over_files.intersect(&range).subtract(&written);
+                let still = before.intersect(&self.populated_near(&before)?);
+                all.gone.extend_from_slice(before.subtract(&still).ranges());
+                all.over_files.extend_from_slice(still.union(&dirty).ranges());
+            }
+            all.dirty.extend_from_slice(dirty.ranges());
         }
-        self.registered = RunSet::from_ranges(registered);
-        let [dirty, gone, watched] = [dirty, gone, watched].map(RunSet::from_ranges);
-        Ok(Look { dirty, gone, watched })
+        Ok(())
+    }
+}
+
+impl Tracker for WpAsync {
+    fn look(&mut self, maps: &[Mapping]) -> Result<Look> {
+        self.look_with(maps, true)
+    }
+
+    fn last_look(&mut self, maps: &[Mapping]) -> Result<Look> {
+        self.look_with(maps, false)
     }
 
     fn name(&self) -> &'static str {
@@ -162,64 +249,23 @@ impl Drop for WpAsync {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::process::{Command, Stdio};
 
-    /// A program that rewrites chosen pages of its memory when told so.
     #[test]
-    fn exactly_the_pages_that_were_written_are_found() {
-        use std::io::{BufRead, BufReader, Write};
-        let code = "import mmap, sys\n\
-                    m = mmap.mmap(-1, 4096 * 64, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)\n\
-                    import ctypes\n\
-                    a = ctypes.addressof(ctypes.c_char.from_buffer(m))\n\
-                    m[0:4096 * 32] = b'x' * 4096 * 32\n\
-                    print(a, flush=True)\n\
-                    for line in sys.stdin:\n\
-                    \x20   for p in line.split(): m[int(p) * 4096] = 65\n\
-                    \x20   print('done', flush=True)\n";
-        let mut child = Command::new("/usr/bin/python3")
-            .args(["-c", code])
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let (mut input, mut output) = (
-            child.stdin.take().unwrap(),
-            BufReader::new(child.stdout.take().unwrap()),
-        );
-        let mut line = String::new();
-        output.read_line(&mut line).unwrap();
-        let base: u64 = line.trim().parse().unwrap();
-        let pid = child.id() as i32;
-        let maps = || procfs::maps::parse(&procfs::read(pid, "maps").unwrap()).unwrap();
-        let mut tracker = WpAsync::attach(pid, &mut GadgetCache::default()).unwrap();
-        let area = RunSet::from_ranges(vec![(base, base + 64 * 4096)]);
-        let first = tracker.look(&maps()).unwrap();
-        assert_eq!(
-            first.dirty.intersect(&area).pages(),
-            32,
-            "the first look finds everything"
-        );
-        let mut write = |pages: &[u64]| {
-            let words: Vec<String> = pages.iter().map(u64::to_string).collect();
-            input.write_all(format!("{}\n", words.join(" ")).as_bytes()).unwrap();
-            let mut line = String::new();
-            output.read_line(&mut line).unwrap();
+    fn a_mapping_that_has_grown_since_it_was_seen_is_not_split() {
+        let map = |start: u64, end: u64, name: &[u8]| Mapping {
+            start,
+            end,
+            name: name.to_vec(),
+            ..Mapping::default()
         };
-        // Populated ones, and ones that were never touched.
-        for pages in [vec![3, 7, 8, 40], vec![7], vec![], vec![63, 0]] {
-            write(&pages);
-            let look = tracker.look(&maps()).unwrap();
-            let mut want: Vec<_> = pages
-                .iter()
-                .map(|page| (base + page * 4096, base + page * 4096 + 4096))
-                .collect();
-            want.sort();
-            assert_eq!(look.dirty.intersect(&area), RunSet::from_ranges(want));
-        }
-        drop(tracker);
-        write(&[1, 2]);
-        let _ = child.kill();
-        let _ = child.wait();
+        let maps = [
+            map(0x1000, 0x2000, b""),
+            map(0x3000, 0x4000, b""),
+            map(0x6000, 0x7000, b"[vvar]"),
+            map(0x9000, 0xa000, b"[stack]"),
+            map(u64::MAX - 0xfff, u64::MAX, b"[vsyscall]"),
+        ];
+        let wanted = vec![(0x1000, 0x6000), (0x7000, crate::arch::TASK_SIZE)];
+        assert_eq!(stretches(&maps), wanted);
     }
 }

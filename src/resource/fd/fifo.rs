@@ -33,12 +33,13 @@ impl FileKind for Fifo {
             .shared
             .first(FdTypes::Fifo, file.stat.st_ino ^ (file.stat.st_dev << 40))
         {
-            let data = pipe::peek(file).map_err(|error| error.object(file.describe()))?;
+            let pipe::Contents { data, packets } = pipe::peek(file).map_err(|error| error.object(file.describe()))?;
             let size = sys::fcntl_int(file.handle.as_fd(), libc::F_GETPIPE_SZ, 0).ok();
             let entry = PipeDataEntry {
                 pipe_id,
                 bytes: data.len() as u32,
                 size: size.map(|size| size as u32),
+                packets,
             };
             dump.append("fifo-data.img", &entry, &data)?;
         }
@@ -111,7 +112,7 @@ fn keep(path: &RegFileEntry, restore: &mut FileRestore<'_>) -> Result<OwnedFd> {
 }
 
 fn fill(restore: &FileRestore<'_>, pipe_id: u32, keeper: &OwnedFd) -> Result<()> {
-    let Some((size, data)) = pipe::data_of(restore, "fifo-data.img", pipe_id)? else {
+    let Some((size, contents)) = pipe::data_of(restore, "fifo-data.img", pipe_id)? else {
         return Ok(());
     };
     if let Some(size) = size {
@@ -119,13 +120,13 @@ fn fill(restore: &FileRestore<'_>, pipe_id: u32, keeper: &OwnedFd) -> Result<()>
     }
     let there = files::get_int(keeper.as_fd(), files::FIONREAD).context("ask for the amount of data")?;
     match there as usize {
-        0 => pipe::write_all(keeper, &data),
+        0 => pipe::write_all(keeper, &contents),
         // Somebody outside of the tree kept it open, with all that was in it.
-        same if same == data.len() => Ok(()),
+        same if same == contents.data.len() => Ok(()),
         other => Err(Error::new("fill a fifo")
             .because(format!(
                 "it holds {other} bytes already, and held {} when it was dumped",
-                data.len()
+                contents.data.len()
             ))
             .hint("another process has it open: let it read them or end it")),
     }

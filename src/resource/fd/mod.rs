@@ -212,6 +212,8 @@ pub struct FileRestore<'a> {
     pub opened: BTreeMap<u32, OwnedFd>,
     /// Files that came into being with another and wait to be asked for, by type and the kind's own key.
     pub held: HashMap<(FdTypes, u64), OwnedFd>,
+    /// Queues of UDP sockets, read when the first is restored.
+    pub datagrams: Option<crate::resource::sock::datagrams::Queues>,
 }
 
 impl<'a> FileRestore<'a> {
@@ -227,6 +229,7 @@ impl<'a> FileRestore<'a> {
             entries,
             opened: BTreeMap::new(),
             held: HashMap::new(),
+            datagrams: None,
         }
     }
 

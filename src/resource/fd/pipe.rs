@@ -32,7 +32,7 @@ impl FileKind for Pipe {
     fn dump(&self, file: &OpenFile, id: u32, dump: &mut FileDump<'_>) -> Result<FileEntry> {
         let pipe_id = file.stat.st_ino as u32;
         if dump.shared.first(FdTypes::Pipe, file.stat.st_ino) {
-            let data = peek(file).map_err(|error| error.object(file.describe()))?;
+            let Contents { data, packets } = peek(file).map_err(|error| error.object(file.describe()))?;
             let size = sys::fcntl_int(file.handle.as_fd(), libc::F_GETPIPE_SZ, 0)
                 .ok()
                 .map(|size| size as u32);
@@ -40,6 +40,7 @@ impl FileKind for Pipe {
                 pipe_id,
                 bytes: data.len() as u32,
                 size,
+                packets,
             };
             dump.append("pipes-data.img", &entry, &data)?;
         }
@@ -63,13 +64,27 @@ impl FileKind for Pipe {
             .as_ref()
             .ok_or_else(|| Error::new("restore a pipe").because("the image has no pipe entry"))?;
         let key = u64::from(pipe.pipe_id);
-        // Both ends stay held while files are opened: an end that nobody has must still be closed by nobody.
+        // The pipe stays held while files are opened: an end that nobody has must still be closed by nobody.
         if !restore.held.contains_key(&(FdTypes::Pipe, key)) {
             let (reader, writer) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC)
                 .map_err(std::io::Error::from)
                 .context("make a pipe")?;
             fill(restore, pipe.pipe_id, &writer)?;
-            restore.hold(FdTypes::Pipe, key, reader);
+            let another = fd::reopen(reader.as_fd(), libc::O_RDONLY as u32).context("open an end of a pipe")?;
+            restore.hold(FdTypes::Pipe, key, another);
+            restore.hold(FdTypes::Pipe, key | FIRST_READER, reader);
+            restore.hold(FdTypes::Pipe, key | FIRST_WRITER, writer);
+        }
+        // The first of each kind is what pipe(2) gave: files that are opened have O_LARGEFILE, for all to see.
+        let first = match pipe.flags & libc::O_ACCMODE as u32 {
+            access if access == libc::O_RDONLY as u32 => restore.held.remove(&(FdTypes::Pipe, key | FIRST_READER)),
+            access if access == libc::O_WRONLY as u32 => restore.held.remove(&(FdTypes::Pipe, key | FIRST_WRITER)),
+            _ => None,
+        };
+        if let Some(file) = first {
+            sys::fcntl_int(file.as_fd(), libc::F_SETFL, pipe.flags as i32).context("set the flags of a pipe")?;
+            fd::restore_owner(file.as_fd(), &pipe.fown)?;
+            return Ok(file);
         }
         let held = &restore.held[&(FdTypes::Pipe, key)];
         let file = fd::reopen(held.as_fd(), pipe.flags & !(libc::O_DIRECT as u32)).context("open an end of a pipe")?;
@@ -82,8 +97,21 @@ impl FileKind for Pipe {
     }
 }
 
+/// Marks of the ends that a pipe was made with, beside the ids of pipes, which have 32 bits.
+const FIRST_READER: u64 = 1 << 32;
+const FIRST_WRITER: u64 = 1 << 33;
+
+/// What is in a pipe.
+#[derive(Default)]
+pub(super) struct Contents {
+    /// The bytes.
+    pub data: Vec<u8>,
+    /// Lengths of packets, if they are any.
+    pub packets: Vec<u32>,
+}
+
 /// Copies what is in the pipe without taking it out: tee(2) duplicates its buffers into a pipe of ours.
-pub(super) fn peek(file: &OpenFile) -> Result<Vec<u8>> {
+pub(super) fn peek(file: &OpenFile) -> Result<Contents> {
     let io = |errno: rustix::io::Errno| std::io::Error::from(errno);
     let reader =
         fd::reopen(file.handle.as_fd(), (libc::O_RDONLY | libc::O_NONBLOCK) as u32).context("open the pipe")?;
@@ -91,42 +119,53 @@ pub(super) fn peek(file: &OpenFile) -> Result<Vec<u8>> {
         .map_err(io)
         .context("ask for the amount of data")?;
     if queued == 0 {
-        return Ok(Vec::new());
+        return Ok(Contents::default());
     }
     let (copy, sink) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)
         .map_err(io)
         .context("make a pipe")?;
     let capacity = sys::fcntl_int(file.handle.as_fd(), libc::F_GETPIPE_SZ, 0).context("ask for the size")?;
-    sys::fcntl_int(sink.as_fd(), libc::F_SETPIPE_SZ, capacity).context("size a pipe")?;
+    // One more page, for the mark below; an ordinary user may not have it.
+    sys::fcntl_int(sink.as_fd(), libc::F_SETPIPE_SZ, capacity + 4096)
+        .or_else(|_| sys::fcntl_int(sink.as_fd(), libc::F_SETPIPE_SZ, capacity))
+        .context("size a pipe")?;
     let copied = rustix::pipe::tee(&reader, &sink, queued as usize, SpliceFlags::NONBLOCK)
         .map_err(io)
         .context("copy the data")?;
-    let mut data = vec![0u8; copied];
-    let mut filled = 0;
+    // A read ends behind a packet, and nowhere else before the end of what there is (pipe(2), O_DIRECT): that the last
+    // bytes are a packet, too, shows in a byte behind them that is not.
+    let mark = usize::from(rustix::io::write(&sink, &[0]).is_ok());
+    let mut data = vec![0u8; copied + mark];
+    let (mut filled, mut packets) = (0, Vec::new());
     while filled < copied {
-        filled += rustix::io::read(&copy, &mut data[filled..])
+        let length = rustix::io::read(&copy, &mut data[filled..])
             .map_err(io)
             .context("read the data")?;
+        filled += length;
+        packets.push((filled.min(copied) - (filled - length)) as u32);
     }
+    if packets.len() == 1 && filled == copied + mark {
+        packets.clear();
+    }
+    data.truncate(copied);
     if copied as u64 != queued {
         return Err(Error::new("copy the data of a pipe").because(format!("{copied} of {queued} bytes were copied")));
     }
-    Ok(data)
+    Ok(Contents { data, packets })
 }
 
 fn fill(restore: &FileRestore<'_>, pipe_id: u32, writer: &OwnedFd) -> Result<()> {
-    let Some((size, data)) = data_of(restore, "pipes-data.img", pipe_id)? else {
+    let Some((size, contents)) = data_of(restore, "pipes-data.img", pipe_id)? else {
         return Ok(());
     };
     if let Some(size) = size {
         sys::fcntl_int(writer.as_fd(), libc::F_SETPIPE_SZ, size as i32).context("set the size of a pipe")?;
     }
-    sys::fcntl_int(writer.as_fd(), libc::F_SETFL, libc::O_NONBLOCK).context("fill a pipe")?;
-    write_all(writer, &data)
+    write_all(writer, &contents)
 }
 
 /// Size and contents of a pipe in `image`.
-pub(super) fn data_of(restore: &FileRestore<'_>, image: &str, pipe_id: u32) -> Result<Option<(Option<u32>, Vec<u8>)>> {
+pub(super) fn data_of(restore: &FileRestore<'_>, image: &str, pipe_id: u32) -> Result<Option<(Option<u32>, Contents)>> {
     let Some(mut image) = restore.image(image)? else {
         return Ok(None);
     };
@@ -136,16 +175,22 @@ pub(super) fn data_of(restore: &FileRestore<'_>, image: &str, pipe_id: u32) -> R
         }
         let data = image.extra(u64::from(entry.bytes)).context("read pipe data")?;
         if entry.pipe_id == pipe_id {
-            return Ok(Some((entry.size, data)));
+            let packets = entry.packets;
+            return Ok(Some((entry.size, Contents { data, packets })));
         }
     }
     Ok(None)
 }
 
-/// Writes all of `data` into a pipe that does not wait.
-pub(super) fn write_all(writer: &OwnedFd, mut data: &[u8]) -> Result<()> {
+/// Writes all of it into a pipe, which must not wait; its flags are changed.
+pub(super) fn write_all(writer: &OwnedFd, contents: &Contents) -> Result<()> {
+    let mode = if contents.packets.is_empty() { 0 } else { libc::O_DIRECT };
+    sys::fcntl_int(writer.as_fd(), libc::F_SETFL, libc::O_NONBLOCK | mode).context("fill a pipe")?;
+    let mut data = &contents.data[..];
+    let mut packets = contents.packets.iter().map(|&length| length as usize);
     while !data.is_empty() {
-        let written = rustix::io::write(writer, data)
+        let length = packets.next().unwrap_or(data.len()).clamp(1, data.len());
+        let written = rustix::io::write(writer, &data[..length])
             .map_err(std::io::Error::from)
             .context("fill a pipe")?;
         data = &data[written..];

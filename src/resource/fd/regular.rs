@@ -237,14 +237,25 @@ pub fn open_entry(entry: &RegFileEntry, flags: u32, restore: &mut FileRestore<'_
             .because(what)
             .hint("install the same version of it on this host")
     };
-    if stat.st_mode & libc::S_IFMT == libc::S_IFREG && !restore.options.skip_file_validation {
+    if let Some(mode) = entry.mode.filter(|&mode| mode != stat.st_mode)
+        && !restore.options.skip_file_modes
+    {
+        return Err(Error::new("validate a file")
+            .object(object())
+            .because(format!(
+                "its mode is {:o} here and was {mode:o} at the dump",
+                stat.st_mode
+            ))
+            .hint("use --skip-file-rwx-check if that is as it should be"));
+    }
+    if stat.st_mode & libc::S_IFMT == libc::S_IFREG {
         if let Some(size) = entry.size.filter(|&size| size != stat.st_size as u64) {
             return Err(mismatch(format!(
                 "it has {} bytes here and had {size} at the source",
                 stat.st_size
             )));
         }
-        if !entry.build_id.is_empty() && build_id(&file) != entry.build_id {
+        if !restore.options.skip_build_ids && !entry.build_id.is_empty() && build_id(&file) != entry.build_id {
             return Err(mismatch("its build id differs from the one at the source".into()));
         }
     }

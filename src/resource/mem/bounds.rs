@@ -11,12 +11,15 @@ const PR_SET_MM: i32 = 35;
 const PR_SET_MM_MAP: i32 = 14;
 const PR_GET_THP_DISABLE: i32 = 42;
 const PR_SET_THP_DISABLE: i32 = 41;
+const PR_SET_MEMORY_MERGE: i32 = 67;
+const PR_GET_MEMORY_MERGE: i32 = 68;
 
 /// Calls whose results [`read`] takes.
 pub struct Calls {
     brk: CallId,
     dumpable: CallId,
     thp: CallId,
+    merge: CallId,
 }
 
 /// Adds the calls that ask a task for what /proc does not say.
@@ -31,6 +34,10 @@ pub fn ask(program: &mut Program) -> Calls {
         thp: program.try_call(
             libc::SYS_prctl,
             &[PR_GET_THP_DISABLE.into(), 0.into(), 0.into(), 0.into(), 0.into()],
+        ),
+        merge: program.try_call(
+            libc::SYS_prctl,
+            &[PR_GET_MEMORY_MERGE.into(), 0.into(), 0.into(), 0.into(), 0.into()],
         ),
     }
 }
@@ -62,6 +69,11 @@ pub fn read(pid: i32, stat: &Stat, calls: &Calls, outcome: &Outcome) -> Result<M
         dumpable: Some(outcome.result(calls.dumpable) as i32),
         aios: Vec::new(),
         thp_disabled: Some(outcome.result(calls.thp) > 0),
+        // The lowest bit says that it is set, those above are the flags (Linux 6.18).
+        thp_flags: Some(outcome.result(calls.thp))
+            .filter(|&state| state > 1)
+            .map(|state| state as u32 & !1),
+        memory_merge: Some(outcome.result(calls.merge) > 0),
     })
 }
 
@@ -98,8 +110,13 @@ pub fn restore(program: &mut Program, mm: &MmEntry, executable: i32) {
     let args = [PR_SET_MM.into(), PR_SET_MM_MAP.into(), map.into(), 104.into(), 0.into()];
     program.call("set the bounds of the address space", libc::SYS_prctl, &args);
     if mm.thp_disabled == Some(true) {
-        let args = [PR_SET_THP_DISABLE.into(), 1.into(), 0.into(), 0.into(), 0.into()];
-        program.call("disable transparent huge pages", libc::SYS_prctl, &args);
+        let flags = mm.thp_flags.unwrap_or(0);
+        let args = [PR_SET_THP_DISABLE.into(), 1.into(), flags.into(), 0.into(), 0.into()];
+        program.call_or_warn("disable transparent huge pages", libc::SYS_prctl, &args);
+    }
+    if mm.memory_merge == Some(true) {
+        let args = [PR_SET_MEMORY_MERGE.into(), 1.into(), 0.into(), 0.into(), 0.into()];
+        program.call_or_warn("let equal pages be merged (KSM)", libc::SYS_prctl, &args);
     }
 }
 

@@ -1,10 +1,14 @@
 //! Mappings (VMAs): what they are, and how they are made again.
 
-use whimbrel_images::proto::VmaEntry;
+use std::os::fd::AsFd;
 
-use crate::error::{Error, Result};
+use whimbrel_images::proto::VmaEntry;
+use whimbrel_lazy::ioctl::{self, Categories, ScanRequest};
+
+use crate::error::{Context, Error, Result};
 use crate::procfs::maps::Mapping;
 use crate::remote::{Arg, Program};
+use crate::resource::mem::pages::Pages;
 
 /// `vma_entry.status` bits of the image format.
 #[allow(missing_docs)]
@@ -109,6 +113,13 @@ pub fn describe(mapping: &Mapping, brk: (u64, u64)) -> Result<(VmaEntry, Backing
     if mapping.has(b"um") || mapping.has(b"uw") || mapping.has(b"ui") {
         return Err(refuse(mapping, "the program uses userfaultfd itself"));
     }
+    if mapping.key != 0 {
+        let why = format!(
+            "protection keys (pkey_alloc(2)) are not supported yet; it has key {}",
+            mapping.key
+        );
+        return Err(refuse(mapping, &why));
+    }
     if mapping.has(b"ss") {
         return Err(refuse(mapping, "shadow stacks are not supported yet"));
     }
@@ -147,6 +158,8 @@ pub fn describe(mapping: &Mapping, brk: (u64, u64)) -> Result<(VmaEntry, Backing
             entry.flags |= flag as u32;
         }
     }
+    entry.sealed = mapping.has(b"sl").then_some(true);
+    entry.lock_on_fault = mapping.has(b"lf").then_some(true);
     let advice = ADVICE
         .iter()
         .filter(|(letters, _)| mapping.has(letters))
@@ -222,6 +235,28 @@ pub fn map(program: &mut Program, vma: &VmaEntry, writable: bool, file: Option<A
     );
 }
 
+/// Adds the guard pages of a mapping of process `pid` to its entry.
+///
+/// # Errors
+/// When its page table cannot be scanned.
+pub fn find_guards(pid: i32, mapping: &Mapping, vma: &mut VmaEntry) -> Result<()> {
+    // The kernels that show this flag can be asked where they are, too.
+    if !mapping.has(b"gu") {
+        return Ok(());
+    }
+    let request = ScanRequest {
+        mask: Categories::GUARD,
+        any_of: Categories::NONE,
+        returned: Categories::GUARD,
+        ..ScanRequest::default()
+    };
+    let (mut found, pages) = (Vec::new(), Pages::open(pid)?);
+    ioctl::pagemap_scan_all(pages.pagemap().as_fd(), vma.start, vma.end, &request, &mut found)
+        .with(|| Error::new("look for guard pages").task(pid))?;
+    vma.guards = found.iter().flat_map(|region| [region.start, region.end]).collect();
+    Ok(())
+}
+
 /// Adds the calls that follow when the contents are there: protection, advice, locks.
 pub fn settle(program: &mut Program, vma: &VmaEntry, writable: bool) {
     let (start, length) = (Arg::from(vma.start), Arg::from(vma.end - vma.start));
@@ -249,11 +284,32 @@ pub fn settle(program: &mut Program, vma: &VmaEntry, writable: bool) {
             &[PR_SET_VMA.into(), 0.into(), start, length, name.into()],
         );
     }
+    for guard in vma.guards.chunks_exact(2) {
+        const MADV_GUARD_INSTALL: i32 = 102;
+        let what = format!("guard {:#x}-{:#x}", guard[0], guard[1]);
+        let args = [
+            guard[0].into(),
+            guard[1].saturating_sub(guard[0]).into(),
+            MADV_GUARD_INSTALL.into(),
+        ];
+        program.call(what, libc::SYS_madvise, &args);
+    }
     if vma.flags & libc::MAP_LOCKED as u32 != 0 {
+        const MLOCK_ONFAULT: i32 = 1;
+        let flags = if vma.lock_on_fault == Some(true) {
+            MLOCK_ONFAULT
+        } else {
+            0
+        };
         program.call(
             format!("lock {:#x}-{:#x}", vma.start, vma.end),
-            libc::SYS_mlock,
-            &[start, length],
+            libc::SYS_mlock2,
+            &[start, length, flags.into()],
         );
+    }
+    // Nothing can be changed behind it.
+    if vma.sealed == Some(true) {
+        let what = format!("seal {:#x}-{:#x}", vma.start, vma.end);
+        program.call(what, libc::SYS_mseal, &[start, length, 0.into()]);
     }
 }

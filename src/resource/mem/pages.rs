@@ -10,15 +10,26 @@ use whimbrel_images::page::{PAGE_SIZE, PageRun};
 use whimbrel_lazy::ioctl::{self, Categories, ScanRequest};
 
 use crate::error::{Context, Error, Result};
+use crate::procfs;
 use crate::remote::{RemoteAddr, RemoteMemory};
+
+/// Bits of an entry of `/proc/PID/pagemap`.
+mod entry {
+    pub const PRESENT: u64 = 1 << 63;
+    pub const SWAPPED: u64 = 1 << 62;
+    pub const FILE_OR_SHARED: u64 = 1 << 61;
+    pub const SOFT_DIRTY: u64 = 1 << 55;
+}
 
 /// The page table of a process as the kernel shows it, and its memory.
 pub struct Pages {
     pid: i32,
     pagemap: File,
     memory: RemoteMemory,
-    /// For mappings without read permission, which process_vm_readv(2) refuses.
+    /// For mappings without read permission, which process_vm_readv(2) refuses, and for pages that others share.
     forced: File,
+    /// May it share pages copy-on-write?
+    related: bool,
     scan: AtomicBool,
     /// Is there anywhere to swap to? Without, the kernel's marks on write-protected pages that were never touched, which it
     /// shows as swapped, can be told from contents.
@@ -38,6 +49,7 @@ impl Pages {
             pagemap: open("pagemap")?,
             memory: RemoteMemory::new(pid),
             forced: open("mem")?,
+            related: is_related(pid),
             scan: AtomicBool::new(true),
             swap: std::fs::read_to_string("/proc/swaps").map_or(true, |text| text.lines().count() > 1),
         })
@@ -86,12 +98,80 @@ impl Pages {
         self.own_by_entries(start, end, runs)
     }
 
+    /// As [`Pages::own`]; appends to `dirty` those that are soft-dirty, too.
+    ///
+    /// # Errors
+    /// As [`Pages::own`].
+    pub fn own_and_dirty(&self, start: u64, end: u64, own: &mut Vec<PageRun>, dirty: &mut Vec<PageRun>) -> Result<()> {
+        if self.scan.load(Ordering::Relaxed) {
+            let not = Categories::PFNZERO | Categories::FILE;
+            let request = ScanRequest {
+                mask: not,
+                inverted: not,
+                any_of: Categories::PRESENT | Categories::SWAPPED,
+                returned: Categories::SOFT_DIRTY,
+                ..ScanRequest::default()
+            };
+            let mut found = Vec::new();
+            match ioctl::pagemap_scan_all(self.pagemap.as_fd(), start, end, &request, &mut found) {
+                Ok(()) => {
+                    for region in found {
+                        let run = PageRun {
+                            start: region.start,
+                            pages: (region.end - region.start) / PAGE_SIZE as u64,
+                        };
+                        own.push(run);
+                        if region.categories & Categories::SOFT_DIRTY.0 != 0 {
+                            dirty.push(run);
+                        }
+                    }
+                    return Ok(());
+                }
+                // Before Linux 6.7: read the entries themselves.
+                Err(error) if matches!(error.raw_os_error(), Some(libc::ENOTTY | libc::EINVAL)) => {
+                    self.scan.store(false, Ordering::Relaxed)
+                }
+                Err(error) => return Err(Error::new("scan the page table").task(self.pid).because(error)),
+            }
+        }
+        self.each_own_entry(start, end, |address, entry| {
+            push_page(own, address);
+            if entry & entry::SOFT_DIRTY != 0 {
+                push_page(dirty, address);
+            }
+        })
+    }
+
+    /// Is this page the process's own and soft-dirty? `None` when there is no page.
+    ///
+    /// # Errors
+    /// When the page table cannot be read.
+    pub fn is_soft_dirty(&self, address: u64) -> Result<Option<bool>> {
+        let mut dirty = None;
+        self.each_own_entry(address, address + PAGE_SIZE as u64, |_, entry| {
+            dirty = Some(entry & entry::SOFT_DIRTY != 0);
+        })?;
+        Ok(dirty)
+    }
+
+    /// Can mappings of any size be looked at in a time that follows what they hold?
+    pub fn is_sparse_fast(&self) -> bool {
+        let request = ScanRequest {
+            mask: Categories::PRESENT,
+            ..ScanRequest::default()
+        };
+        self.scan.load(Ordering::Relaxed)
+            && ioctl::pagemap_scan(self.pagemap.as_fd(), 0, PAGE_SIZE as u64, &request, &mut []).is_ok()
+    }
+
     fn own_by_entries(&self, start: u64, end: u64, runs: &mut Vec<PageRun>) -> Result<()> {
-        const PRESENT: u64 = 1 << 63;
-        const SWAPPED: u64 = 1 << 62;
-        const FILE_OR_SHARED: u64 = 1 << 61;
+        self.each_own_entry(start, end, |address, _| push_page(runs, address))
+    }
+
+    fn each_own_entry(&self, start: u64, end: u64, mut found: impl FnMut(u64, u64)) -> Result<()> {
+        use entry::{FILE_OR_SHARED, PRESENT, SWAPPED};
         let mut at = start;
-        let mut entries = vec![0u8; 8 * 65536];
+        let mut entries = vec![0u8; 8 * ((end - start) / PAGE_SIZE as u64).min(65536) as usize];
         while at < end {
             let count = ((end - at) / PAGE_SIZE as u64).min(65536) as usize;
             let bytes = &mut entries[..8 * count];
@@ -101,7 +181,7 @@ impl Pages {
             for (index, entry) in bytes.chunks_exact(8).enumerate() {
                 let entry = u64::from_le_bytes(entry.try_into().unwrap_or_default());
                 if entry & (PRESENT | SWAPPED) != 0 && entry & FILE_OR_SHARED == 0 {
-                    push_page(runs, at + (index * PAGE_SIZE) as u64);
+                    found(at + (index * PAGE_SIZE) as u64, entry);
                 }
             }
             at += (count * PAGE_SIZE) as u64;
@@ -119,7 +199,13 @@ impl Pages {
             .map(|run| (RemoteAddr(run.start), run.bytes() as usize))
             .collect();
         let total: usize = pieces.iter().map(|&(_, length)| length).sum();
-        let done = self.memory.read_pieces(&pieces, &mut buffer[..total]).unwrap_or(0);
+        // process_vm_readv(2) pins pages, and before it pins one that is shared copy-on-write the kernel gives the process a
+        // copy of its own (gup_must_unshare in mm/internal.h, since Linux 5.19): a server with ten workers would have ten
+        // times the memory for having been looked at. Reading /proc/PID/mem pins nothing, and is slower for other pages.
+        let done = match self.related {
+            true => 0,
+            false => self.memory.read_pieces(&pieces, &mut buffer[..total]).unwrap_or(0),
+        };
         if done == total {
             return Ok(());
         }
@@ -135,6 +221,14 @@ impl Pages {
         }
         Ok(())
     }
+}
+
+/// Has a process forked children, or is it a forked child that has executed nothing since (PF_FORKNOEXEC)?
+fn is_related(pid: i32) -> bool {
+    const PF_FORKNOEXEC: u32 = 0x40;
+    let children = procfs::read(pid, &format!("task/{pid}/children"));
+    let stat = procfs::read(pid, "stat").and_then(|text| procfs::stat::parse(&text));
+    children.is_ok_and(|children| !children.is_empty()) || stat.is_ok_and(|stat| stat.flags & PF_FORKNOEXEC != 0)
 }
 
 /// Appends one page to a list of runs, extending the last run where it can.

@@ -222,7 +222,7 @@ fn needs_scope(ip: Ipv6Addr) -> bool {
 }
 
 /// The words of an address as images have them: in network byte order in memory.
-fn words(ip: IpAddr) -> Vec<u32> {
+pub fn words(ip: IpAddr) -> Vec<u32> {
     let octets = match ip {
         IpAddr::V4(ip) => ip.octets().to_vec(),
         IpAddr::V6(ip) => ip.octets().to_vec(),
@@ -231,6 +231,13 @@ fn words(ip: IpAddr) -> Vec<u32> {
         .chunks_exact(4)
         .map(|word| u32::from_ne_bytes(word.try_into().unwrap_or_default()))
         .collect()
+}
+
+/// The address of such words.
+pub fn ip_of(words: &[u32]) -> Option<IpAddr> {
+    let octets: Vec<u8> = words.iter().flat_map(|word| word.to_ne_bytes()).collect();
+    let v4 = <[u8; 4]>::try_from(&octets[..]).map(IpAddr::from);
+    v4.or_else(|_| <[u8; 16]>::try_from(&octets[..]).map(IpAddr::from)).ok()
 }
 
 /// Describes a socket: addresses, and the options of all levels. The kind adds what is its own.
@@ -306,14 +313,33 @@ fn identity_of(entry: &InetSkEntry) -> Identity {
 /// # Errors
 /// When the socket cannot be made, or an option not be set.
 pub fn make(entry: &InetSkEntry, own: &[RawOption]) -> Result<std::os::fd::OwnedFd> {
+    let socket = fresh(entry)?;
+    prepare(socket.as_fd(), entry, own)?;
+    Ok(socket)
+}
+
+/// Makes the socket of an entry, and no more.
+///
+/// # Errors
+/// When it cannot be made.
+pub fn fresh(entry: &InetSkEntry) -> Result<std::os::fd::OwnedFd> {
+    identity_of(entry).make().context("make a socket")
+}
+
+/// Sets what must be set before a socket is bound.
+///
+/// # Errors
+/// When an option cannot be set.
+pub fn prepare(fd: BorrowedFd<'_>, entry: &InetSkEntry, own: &[RawOption]) -> Result<()> {
     let identity = identity_of(entry);
-    let socket = identity.make().context("make a socket")?;
-    let fd = socket.as_fd();
     let set = |level, name, text: &str, value: i32| {
         set_socket_option_int(fd, level, name, value).with(|| Error::new("set a socket option").object(text))
     };
     if let Some(v6only) = entry.v6only.filter(|_| identity.family == libc::AF_INET6) {
-        set(IP6, libc::IPV6_V6ONLY, "IPV6_V6ONLY", i32::from(v6only))?;
+        // Raw sockets cannot be told, nor need they be.
+        if socket_option_int(fd, IP6, libc::IPV6_V6ONLY).ok() != Some(i32::from(v6only)) {
+            set(IP6, libc::IPV6_V6ONLY, "IPV6_V6ONLY", i32::from(v6only))?;
+        }
     }
     if let Some(ip) = &entry.ip_opts {
         if let Some(tos) = ip.tos {
@@ -330,8 +356,7 @@ pub fn make(entry: &InetSkEntry, own: &[RawOption]) -> Result<std::os::fd::Owned
             set(IP, libc::IP_FREEBIND, "IP_FREEBIND", 1)?;
         }
     }
-    options::before(fd, &entry.opts, &tables(identity, own))?;
-    Ok(socket)
+    options::before(fd, &entry.opts, &tables(identity, own))
 }
 
 /// Sets what is set last but SO_REUSEADDR, and the file's flags and owner.

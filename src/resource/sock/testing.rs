@@ -71,16 +71,11 @@ pub fn abandon(files: BTreeMap<u32, OpenFile>, originals: Vec<OwnedFd>) {
 pub fn try_open(image: &Image) -> Result<FileRestore<'_>> {
     let options = Box::leak(Box::new(crate::restore::Options {
         root: "/".into(),
-        skip_file_validation: false,
+        skip_build_ids: false,
+        skip_file_modes: false,
         ..Default::default()
     }));
-    let mut restore = FileRestore {
-        store: &image.store,
-        options,
-        entries: &image.entries,
-        opened: BTreeMap::new(),
-        held: HashMap::new(),
-    };
+    let mut restore = FileRestore::new(&image.store, options, &image.entries);
     fd::open_all(&mut restore, &|_| true)?;
     Ok(restore)
 }

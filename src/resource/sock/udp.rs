@@ -1,28 +1,32 @@
-//! UDP sockets: bound or connected, with their memberships of multicast groups.
+//! UDP sockets, and UDP-Lite's: bound or connected, with their memberships of multicast groups.
 //!
-//! Datagrams that wait to be read are lost, with a warning, as the network may lose any: their senders' addresses have no
-//! place in images, and only the network could deliver them again.
+//! Datagrams that wait to be read are carried with their senders, and put into the queue of the new socket before it is bound
+//! ([`datagrams`]). What is not: the time at which they came, the interface that they came in by, errors that wait to be told
+//! (SO_ERROR, MSG_ERRQUEUE), and an empty datagram that somebody has looked at (MSG_PEEK) before.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::event::{PollFd, PollFlags};
 use whimbrel_images::proto::{FdTypes, FileEntry, InetSkEntry, SkRawOption, SkShutdown};
 
+use super::datagrams;
 use super::inet::{self, Ends, state};
 use super::options::{self, RawOption, raw_options};
 use crate::error::{Context, Error, Result};
+use crate::kernel::nft::{Connection, Protocol};
 use crate::kernel::socket::{
-    GROUP_AT, MCAST_JOIN_GROUP, MCAST_MSFILTER, MODE_AT, SIOCOUTQ, STORAGE, multicast_filter, queue_length,
+    GROUP_AT, Identity, MCAST_JOIN_GROUP, MCAST_MSFILTER, MODE_AT, SIOCOUTQ, STORAGE, multicast_filter, queue_length,
 };
-use crate::kernel::sys::{set_socket_option, socket_option, socket_option_int};
+use crate::kernel::sys::{set_socket_option, socket_option_int};
 use crate::procfs::multicast;
-use crate::resource::FileKind;
 use crate::resource::fd::{FileDump, FileRestore, OpenFile};
+use crate::resource::{Endpoint, FileKind};
 
 /// UDP sockets.
 pub struct Udp;
 
 const UDP: i32 = libc::IPPROTO_UDP;
+const UDP_LITE: i32 = libc::IPPROTO_UDPLITE;
 const UDP_CORK: i32 = 1;
 
 /// Options of UDP. Memberships are ours alone: see [`memberships`].
@@ -33,6 +37,8 @@ static OPTIONS: &[RawOption] = raw_options![
     UDP, 102, "UDP_NO_CHECK6_RX", 4, Early;
     UDP, 103, "UDP_SEGMENT", 4, Early;
     UDP, 104, "UDP_GRO", 4, Early;
+    UDP_LITE, 10, "UDPLITE_SEND_CSCOV", 4, Early;
+    UDP_LITE, 11, "UDPLITE_RECV_CSCOV", 4, Early;
     libc::IPPROTO_IP, MCAST_MSFILTER, "MCAST_MSFILTER", 0, OfItsKind;
     libc::IPPROTO_IPV6, MCAST_MSFILTER, "MCAST_MSFILTER", 0, OfItsKind;
 ];
@@ -47,11 +53,15 @@ impl FileKind for Udp {
     }
 
     fn restores(&self, entry: &FileEntry) -> bool {
-        inet::entry_is(entry, libc::SOCK_DGRAM, UDP)
+        [UDP, UDP_LITE]
+            .iter()
+            .any(|&protocol| inet::entry_is(entry, libc::SOCK_DGRAM, protocol))
     }
 
     fn recognises(&self, file: &OpenFile) -> bool {
-        inet::is(file, libc::SOCK_DGRAM, UDP)
+        [UDP, UDP_LITE]
+            .iter()
+            .any(|&protocol| inet::is(file, libc::SOCK_DGRAM, protocol))
     }
 
     fn check(&self, file: &OpenFile, _dump: &FileDump<'_>) -> Result<()> {
@@ -67,6 +77,19 @@ impl FileKind for Udp {
         Ok(())
     }
 
+    fn endpoint(&self, file: &OpenFile) -> Result<Option<Endpoint>> {
+        let socket = file.handle.as_fd();
+        let identity = Identity::of(socket).context("ask for a socket's type")?;
+        Ok(endpoint(identity.protocol, &Ends::of(socket)?))
+    }
+
+    fn endpoint_of(&self, entry: &FileEntry) -> Result<Option<Endpoint>> {
+        let entry = inet::entry_of(entry)?;
+        let any = rustix::net::socket(rustix::net::AddressFamily::INET, rustix::net::SocketType::DGRAM, None);
+        let any = any.map_err(std::io::Error::from).context("open a socket")?;
+        Ok(endpoint(entry.proto as i32, &Ends::of_entry(entry, any)?))
+    }
+
     fn dump(&self, file: &OpenFile, id: u32, dump: &mut FileDump<'_>) -> Result<FileEntry> {
         let socket = file.handle.as_fd();
         let connected = rustix::net::getpeername(socket).is_ok_and(|peer| peer.is_some());
@@ -74,14 +97,7 @@ impl FileKind for Udp {
         let mut entry = inet::dump(file, id, state, OPTIONS, &mut dump.shared.socket_defaults)?;
         entry.shutdown = shutdown(socket)?.map(|how| how as i32);
         entry.opts.raw.extend(memberships(socket, entry.family as i32)?);
-        // SO_MEMINFO: the first word is the memory of what is in the receive queue.
-        let queued = socket_option(socket, libc::SOL_SOCKET, 55, 4).unwrap_or_default();
-        if queued.iter().any(|&byte| byte != 0) {
-            tracing::warn!(
-                socket = Ends::of(socket)?.describe(),
-                "datagrams that wait to be read are not carried"
-            );
-        }
+        datagrams::dump(file, socket, id, dump)?;
         Ok(FileEntry {
             r#type: FdTypes::Inetsk as i32,
             id,
@@ -90,10 +106,12 @@ impl FileKind for Udp {
         })
     }
 
-    fn open(&self, entry: &FileEntry, _restore: &mut FileRestore<'_>) -> Result<OwnedFd> {
+    fn open(&self, entry: &FileEntry, restore: &mut FileRestore<'_>) -> Result<OwnedFd> {
         let entry = inet::entry_of(entry)?;
-        let socket = inet::make(entry, OPTIONS)?;
+        let socket = inet::fresh(entry)?;
         let fd = socket.as_fd();
+        datagrams::fill(fd, entry, restore)?;
+        inet::prepare(fd, entry, OPTIONS)?;
         let ends = Ends::of_entry(entry, fd)?;
         join(fd, entry)?;
         if ends.local.port() != 0 || !ends.local.ip().is_unspecified() {
@@ -122,6 +140,20 @@ impl FileKind for Udp {
     }
 }
 
+/// Where datagrams come in. The network lock knows none of UDP-Lite.
+fn endpoint(protocol: i32, ends: &Ends) -> Option<Endpoint> {
+    match (ends.local.port(), ends.remote.port()) {
+        _ if protocol != UDP => None,
+        (0, _) => None,
+        (_, 0) => Some(Endpoint::Datagrams(ends.local)),
+        _ => Some(Endpoint::Connection(Connection {
+            protocol: Protocol::Udp,
+            local: ends.local,
+            remote: ends.remote,
+        })),
+    }
+}
+
 /// What can be seen of shutdown(2): that nothing more is received, and that nothing goes in either direction.
 fn shutdown(socket: BorrowedFd<'_>) -> Result<Option<SkShutdown>> {
     let mut poll = [PollFd::new(&socket, PollFlags::RDHUP)];
@@ -140,12 +172,17 @@ fn shutdown(socket: BorrowedFd<'_>) -> Result<Option<SkShutdown>> {
 
 /// The multicast groups that the socket is a member of. The kernel does not list a socket's groups, but tells of each
 /// group whether the socket is in it: so those that anyone in the namespace joined are asked for.
-fn memberships(socket: BorrowedFd<'_>, family: i32) -> Result<Vec<SkRawOption>> {
+pub(super) fn memberships(socket: BorrowedFd<'_>, family: i32) -> Result<Vec<SkRawOption>> {
     let read = |name: &str| std::fs::read_to_string(format!("/proc/thread-self/net/{name}")).unwrap_or_default();
     let mut found = Vec::new();
     let mut ask = |level: i32, groups: Vec<multicast::Group>| -> Result<()> {
         for group in groups {
-            let filter = multicast_filter(socket, level, group.interface, group.address)
+            let filter = match multicast_filter(socket, level, group.interface, group.address) {
+                // A raw socket of IPv6 knows nothing of IPv4.
+                Err(error) if error.raw_os_error() == Some(libc::ENOPROTOOPT) => return Ok(()),
+                other => other,
+            };
+            let filter = filter
                 .with(|| Error::new("ask for the membership of a multicast group").object(group.address.to_string()))?;
             found.extend(filter.map(|value| SkRawOption {
                 level,
@@ -164,7 +201,7 @@ fn memberships(socket: BorrowedFd<'_>, family: i32) -> Result<Vec<SkRawOption>> 
 }
 
 /// Joins the groups of an entry.
-fn join(socket: BorrowedFd<'_>, entry: &InetSkEntry) -> Result<()> {
+pub(super) fn join(socket: BorrowedFd<'_>, entry: &InetSkEntry) -> Result<()> {
     for option in entry.opts.raw.iter().filter(|option| option.name == MCAST_MSFILTER) {
         let damaged = || Error::new("join a multicast group").because("the image is damaged");
         let device = option.device.as_deref().ok_or_else(damaged)?;
@@ -283,15 +320,83 @@ mod tests {
     }
 
     #[test]
-    fn waiting_datagrams_are_lost_and_later_ones_arrive() {
+    fn waiting_datagrams_are_carried_with_their_senders_and_later_ones_come_after_them() {
+        for address in ["127.0.0.1:0", "[::1]:0"] {
+            let victim = UdpSocket::bind(address).unwrap();
+            let address = victim.local_addr().unwrap();
+            let peers = [0; 2].map(|_| UdpSocket::bind((address.ip(), 0)).unwrap());
+            let mut expected = Vec::new();
+            for round in 0..50usize {
+                let peer = &peers[round % 2];
+                let text = vec![round as u8; 1 + round * 40];
+                peer.send_to(&text, address).unwrap();
+                expected.push((text, peer.local_addr().unwrap()));
+            }
+            let mut victim = victim;
+            for _ in 0..2 {
+                victim = carry(vec![victim]).0.remove(0);
+            }
+            peers[0].send_to(b"late", address).unwrap();
+            expected.push((b"late".to_vec(), peers[0].local_addr().unwrap()));
+            let mut buffer = [0; 4096];
+            for (text, from) in expected {
+                let (length, found) = victim.recv_from(&mut buffer).unwrap();
+                assert_eq!((&buffer[..length], found), (&text[..], from));
+            }
+            victim.set_nonblocking(true).unwrap();
+            assert!(victim.recv(&mut buffer).is_err(), "nothing comes twice");
+        }
+    }
+
+    #[test]
+    fn a_connected_socket_keeps_what_waits_and_its_options() {
         let victim = UdpSocket::bind("127.0.0.1:0").unwrap();
-        let address = victim.local_addr().unwrap();
         let peer = UdpSocket::bind("127.0.0.1:0").unwrap();
+        victim.connect(peer.local_addr().unwrap()).unwrap();
+        set_socket_option_int(victim.as_fd(), libc::IPPROTO_IP, libc::IP_RECVTTL, 1).unwrap();
+        set_socket_option(victim.as_fd(), libc::SOL_SOCKET, libc::SO_BINDTODEVICE, b"lo").unwrap();
+        peer.send_to(b"early", victim.local_addr().unwrap()).unwrap();
+        let (mut moved, image) = carry(vec![victim]);
+        let again = testing::dump(&testing::tree(vec![testing::look(&moved[0])]));
+        let described = |image: &testing::Image| InetSkEntry {
+            ino: 0,
+            ..image.entries[&1].isk.clone().unwrap()
+        };
+        assert_eq!(described(&image), described(&again));
+        let victim = moved.remove(0);
+        let mut buffer = [0; 16];
+        assert_eq!(victim.recv_from(&mut buffer).unwrap(), (5, peer.local_addr().unwrap()));
+        assert_eq!(victim.peer_addr().unwrap(), peer.local_addr().unwrap());
+    }
+
+    #[test]
+    fn a_socket_of_udp_lite_keeps_its_coverage_and_what_waits() {
+        let make = || {
+            let identity = crate::kernel::socket::Identity {
+                family: libc::AF_INET,
+                kind: libc::SOCK_DGRAM,
+                protocol: UDP_LITE,
+            };
+            let socket = UdpSocket::from(identity.make().unwrap());
+            let any: std::net::SocketAddr = "127.0.0.1:0".parse().unwrap();
+            rustix::net::bind(&socket, &any).unwrap();
+            socket
+        };
+        let (victim, peer) = (make(), make());
+        set_socket_option_int(victim.as_fd(), UDP_LITE, 10, 12).unwrap();
+        set_socket_option_int(victim.as_fd(), UDP_LITE, 11, 8).unwrap();
+        let address = victim.local_addr().unwrap();
         peer.send_to(b"early", address).unwrap();
         let victim = carry(vec![victim]).0.remove(0);
-        peer.send_to(b"late", address).unwrap();
+        let coverage = |name| socket_option_int(victim.as_fd(), UDP_LITE, name).unwrap();
+        assert_eq!((coverage(10), coverage(11)), (12, 8));
+        peer.send_to(b"late!", address).unwrap();
         let mut buffer = [0; 16];
-        assert_eq!(victim.recv(&mut buffer).unwrap(), 4);
+        for text in [b"early", b"late!"] {
+            let found = victim.recv_from(&mut buffer).unwrap();
+            assert_eq!(found, (5, peer.local_addr().unwrap()));
+            assert_eq!(&buffer[..5], text);
+        }
     }
 
     #[test]

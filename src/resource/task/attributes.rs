@@ -1,13 +1,13 @@
 //! Small attributes of tasks and threads: names, parent-death signal, subreaper, personality, restartable sequences,
 //! robust lists, the address cleared at exit, OOM score, login uid.
 
-use whimbrel_images::proto::{CoreEntry, RseqEntry};
+use whimbrel_images::proto::RseqEntry;
 
 use crate::error::Result;
 use crate::kernel::sys;
 use crate::procfs;
 use crate::remote::{Arg, Program, RemoteAddr, RemoteMemory};
-use crate::resource::{Reader, Stage, TaskKind, ThreadView};
+use crate::resource::{Reader, Restoring, Stage, TaskKind, ThreadView};
 
 /// Small attributes.
 pub struct Attributes;
@@ -77,7 +77,8 @@ impl TaskKind for Attributes {
         }))
     }
 
-    fn restore(&self, stage: Stage, thread: &CoreEntry, leader: bool, program: &mut Program) -> Result<()> {
+    fn restore(&self, stage: Stage, thread: &Restoring<'_>, program: &mut Program) -> Result<()> {
+        let (thread, leader) = (thread.core, thread.leader);
         let per_thread = thread.thread_core.clone().unwrap_or_default();
         match stage {
             Stage::Process if leader => {
@@ -88,7 +89,7 @@ impl TaskKind for Attributes {
                 }
                 program.call("set the personality", libc::SYS_personality, &[task.personality.into()]);
                 if let Some(score) = task.oom_score_adj {
-                    write_file(program, "/proc/self/oom_score_adj", score.to_string().as_bytes());
+                    super::write_file(program, "/proc/self/oom_score_adj", score.to_string().as_bytes());
                 }
             }
             Stage::Thread => {
@@ -123,15 +124,6 @@ impl TaskKind for Attributes {
         }
         Ok(())
     }
-}
-
-/// Adds calls that write a small file from inside the task. A refusal is no error: such files are hints.
-fn write_file(program: &mut Program, path: &str, contents: &[u8]) {
-    let (path, data) = (program.string(path.as_bytes()), program.data(contents));
-    let args = [libc::AT_FDCWD.into(), path.into(), libc::O_WRONLY.into(), 0.into()];
-    let file = program.try_call(libc::SYS_openat, &args);
-    program.try_call(libc::SYS_write, &[file.into(), data.into(), contents.len().into()]);
-    program.try_call(libc::SYS_close, &[file.into()]);
 }
 
 fn number(text: &[u8]) -> Option<i32> {

@@ -1,10 +1,10 @@
 //! Credentials: ids, groups, capabilities, securebits, no_new_privs.
 
-use whimbrel_images::proto::{CoreEntry, CredsEntry};
+use whimbrel_images::proto::CredsEntry;
 
 use crate::error::Result;
 use crate::remote::{Arg, Program};
-use crate::resource::{Reader, Stage, TaskKind, ThreadView};
+use crate::resource::{Reader, Restoring, Stage, TaskKind, ThreadView};
 
 /// Credentials of a thread.
 pub struct Credentials;
@@ -48,7 +48,8 @@ impl TaskKind for Credentials {
         }))
     }
 
-    fn restore(&self, stage: Stage, thread: &CoreEntry, _leader: bool, program: &mut Program) -> Result<()> {
+    fn restore(&self, stage: Stage, thread: &Restoring<'_>, program: &mut Program) -> Result<()> {
+        let thread = thread.core;
         let creds = thread.thread_core.as_ref().and_then(|core| core.creds.as_ref());
         let Some(creds) = creds.filter(|_| stage == Stage::Final) else {
             return Ok(());

@@ -1,10 +1,10 @@
 //! Resource limits.
 
-use whimbrel_images::proto::{CoreEntry, RlimitEntry, TaskRlimitsEntry};
+use whimbrel_images::proto::{RlimitEntry, TaskRlimitsEntry};
 
 use crate::error::Result;
 use crate::remote::Program;
-use crate::resource::{Reader, Stage, TaskKind, ThreadView};
+use crate::resource::{Reader, Restoring, Stage, TaskKind, ThreadView};
 
 /// Number of limits (RLIM_NLIMITS).
 const LIMITS: u64 = 16;
@@ -43,7 +43,8 @@ impl TaskKind for Limits {
         }))
     }
 
-    fn restore(&self, stage: Stage, thread: &CoreEntry, leader: bool, program: &mut Program) -> Result<()> {
+    fn restore(&self, stage: Stage, thread: &Restoring<'_>, program: &mut Program) -> Result<()> {
+        let (thread, leader) = (thread.core, thread.leader);
         // In the last stage: our own descriptors may lie above the task's RLIMIT_NOFILE.
         if stage != Stage::Final || !leader {
             return Ok(());

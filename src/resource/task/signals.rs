@@ -1,10 +1,10 @@
 //! Signals: actions, alternate stacks, masks, pending ones.
 
-use whimbrel_images::proto::{CoreEntry, SaEntry, SiginfoEntry, SignalQueueEntry, TaskCoreEntry, ThreadSasEntry};
+use whimbrel_images::proto::{SaEntry, SiginfoEntry, SignalQueueEntry, TaskCoreEntry, ThreadSasEntry};
 
 use crate::error::Result;
 use crate::remote::Program;
-use crate::resource::{Reader, Stage, TaskKind, ThreadView};
+use crate::resource::{Reader, Restoring, Stage, TaskKind, ThreadView};
 
 /// Signal state of a thread and its process.
 pub struct Signals;
@@ -69,7 +69,8 @@ impl TaskKind for Signals {
         }))
     }
 
-    fn restore(&self, stage: Stage, thread: &CoreEntry, leader: bool, program: &mut Program) -> Result<()> {
+    fn restore(&self, stage: Stage, thread: &Restoring<'_>, program: &mut Program) -> Result<()> {
+        let (thread, leader) = (thread.core, thread.leader);
         let per_thread = thread.thread_core.clone().unwrap_or_default();
         match stage {
             Stage::Process if leader => restore_actions(thread.tc.as_ref(), program),

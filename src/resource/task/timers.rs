@@ -1,11 +1,11 @@
 //! Interval timers and POSIX timers.
 
-use whimbrel_images::proto::{CoreEntry, ItimerEntry, PosixTimerEntry, TaskTimersEntry};
+use whimbrel_images::proto::{ItimerEntry, PosixTimerEntry, TaskTimersEntry};
 
 use crate::error::{Error, Result};
 use crate::procfs;
 use crate::remote::{Buffer, Outcome, Program};
-use crate::resource::{Reader, Stage, TaskKind, ThreadView};
+use crate::resource::{Reader, Restoring, Stage, TaskKind, ThreadView};
 
 /// Timers of a process.
 pub struct Timers;
@@ -65,7 +65,8 @@ impl TaskKind for Timers {
         }))
     }
 
-    fn restore(&self, stage: Stage, thread: &CoreEntry, leader: bool, program: &mut Program) -> Result<()> {
+    fn restore(&self, stage: Stage, thread: &Restoring<'_>, program: &mut Program) -> Result<()> {
+        let (thread, leader) = (thread.core, thread.leader);
         let Some(timers) = thread.tc.as_ref().filter(|_| leader).and_then(|tc| tc.timers.as_ref()) else {
             return Ok(());
         };

@@ -12,6 +12,7 @@
 //! | refused | because |
 //! |---|---|
 //! | a peer outside of the tree | it cannot be connected again; sockets of datagrams with a named peer can: `--ext-unix-sk` |
+//! | an urgent byte (MSG_OOB) that was not read | its place among the others is not told |
 //! | data sent into a connection that was not accepted yet | nobody but the acceptor can read it |
 //! | descriptors in flight that no process of the tree has open | they would have to be carried without a process |
 //!
@@ -24,6 +25,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 
+use rustix::event::PollFlags;
 use rustix::net::SocketAddrUnix;
 use whimbrel_images::proto::{FdTypes, FileEntry, FilePermsEntry, SkShutdown, UnixSkEntry};
 
@@ -174,6 +176,13 @@ impl FileKind for Unix {
 
     fn check(&self, file: &OpenFile, dump: &FileDump<'_>) -> Result<()> {
         options::check(file.handle.as_fd())?;
+        if i32::from(Facts::of(dump)?.socket(file)?.kind) == libc::SOCK_STREAM
+            && super::poll(file.handle.as_fd(), PollFlags::PRI)?.contains(PollFlags::PRI)
+        {
+            return Err(Error::new("carry a unix socket")
+                .because("it has an urgent byte (MSG_OOB) that the program has not read, whose place is not told")
+                .hint("try again when the program has read it"));
+        }
         let facts = Facts::of(dump)?;
         let socket = facts.socket(file)?;
         let peer = facts.peer(socket, dump.options)?;

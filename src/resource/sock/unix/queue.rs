@@ -16,6 +16,7 @@ use crate::resource::fd::{FileDump, FileRestore, OpenFile};
 use crate::resource::sock::{names, options};
 
 pub(super) const QUEUES: &str = "sk-queues.img";
+const SO_PASSPIDFD: i32 = 76;
 /// Room for a message at first; larger ones get more.
 const PIECE: usize = 64 << 10;
 /// Largest message in an image that is believed.
@@ -25,7 +26,16 @@ const LARGEST_MESSAGE: u32 = 1 << 28;
 pub(super) fn dump(file: &OpenFile, id: u32, dump: &mut FileDump<'_>) -> Result<()> {
     let socket = file.handle.as_fd();
     let before = socket_option_int(socket, libc::SOL_SOCKET, libc::SO_PEEK_OFF).context("read SO_PEEK_OFF")?;
-    let result = read_queue(file, id, dump);
+    // Who sent a message is told as numbers only where these were asked for; the kernel knows them also for SO_PASSPIDFD.
+    let pidfds = socket_option_int(socket, libc::SOL_SOCKET, SO_PASSPIDFD).unwrap_or(0) != 0;
+    let numbers = socket_option_int(socket, libc::SOL_SOCKET, libc::SO_PASSCRED).unwrap_or(0) != 0;
+    let ask = |on: bool| match pidfds && !numbers {
+        true => {
+            set_socket_option_int(socket, libc::SOL_SOCKET, libc::SO_PASSCRED, i32::from(on)).context("set SO_PASSCRED")
+        }
+        false => Ok(()),
+    };
+    let result = ask(true).and_then(|()| read_queue(file, id, dump)).and(ask(false));
     let back = set_socket_option_int(socket, libc::SOL_SOCKET, libc::SO_PEEK_OFF, before).context("set SO_PEEK_OFF");
     result.and(back)
 }
@@ -152,6 +162,7 @@ fn write_message(
             }]
         },
         sender: (sender != SkSender::default()).then_some(sender),
+        ..SkPacketEntry::default()
     };
     dump.append(QUEUES, &entry, bytes)
 }

@@ -614,3 +614,15 @@ fn crit_reads_images_of_sockets() {
         }
     }
 }
+
+#[test]
+fn an_urgent_byte_is_refused_until_it_is_read() {
+    let (one, two) = UnixStream::pair().unwrap();
+    rustix::net::send(&one, b"abc", SendFlags::empty()).unwrap();
+    rustix::net::send(&one, b"U", SendFlags::OOB).unwrap();
+    let files = testing::tree(vec![testing::look(&one), testing::look(&two)]);
+    let refused = testing::try_dump(&files, &testing::everything()).err().unwrap().chain();
+    assert!(refused.contains("MSG_OOB"), "{refused}");
+    rustix::net::recv(&two, &mut [0; 1][..], rustix::net::RecvFlags::OOB).unwrap();
+    assert!(testing::try_dump(&files, &testing::everything()).is_ok());
+}

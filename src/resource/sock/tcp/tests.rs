@@ -4,9 +4,15 @@ use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
+use rustix::net::{RecvFlags, SendFlags};
+use whimbrel_images::proto::TcpStreamEntry;
+
 use super::super::testing::{self, Image};
+use super::stream::*;
 use super::*;
 use crate::kernel::nft::{Connection, NetworkLock, Protocol};
+use crate::kernel::socket::{SIOCINQ, SIOCOUTQNSD, queue_length};
+use crate::kernel::sys::set_socket_option;
 
 const ADDRESSES: [&str; 3] = ["127.0.0.1:0", "[::1]:0", "[::ffff:127.0.0.1]:0"];
 
@@ -562,4 +568,145 @@ fn wait_until(done: impl Fn() -> bool) {
         assert!(start.elapsed() < Duration::from_secs(2));
         std::thread::sleep(Duration::from_millis(1));
     }
+}
+
+#[test]
+fn a_reset_that_the_program_has_not_heard_of_comes_after_what_it_has_not_read() {
+    for address in ADDRESSES {
+        for text in [&b"unread"[..], b""] {
+            let (victim, mut peer) = pair(address);
+            let local = victim.local_addr().unwrap();
+            peer.write_all(text).unwrap();
+            let linger = [1u32.to_ne_bytes(), [0; 4]].concat();
+            set_socket_option(peer.as_fd(), libc::SOL_SOCKET, libc::SO_LINGER, &linger).unwrap();
+            std::thread::sleep(Duration::from_millis(20));
+            drop(peer);
+            std::thread::sleep(Duration::from_millis(20));
+            let files = testing::tree(vec![testing::look(&victim)]);
+            let image = testing::dump(&files);
+            testing::abandon(files, vec![victim.into()]);
+            let mut victim = TcpStream::from(testing::resume(testing::open(&image)).remove(&1).unwrap());
+            assert_eq!(Info::of(victim.as_fd()).unwrap().state, state::CLOSE);
+            assert_eq!(victim.local_addr().unwrap(), local);
+            let mut buffer = [0; 16];
+            if !text.is_empty() {
+                assert_eq!(victim.read(&mut buffer).unwrap(), text.len());
+            }
+            let error = victim.read(&mut buffer).unwrap_err();
+            assert_eq!(error.raw_os_error(), Some(libc::ECONNRESET), "{address}");
+            assert_eq!(victim.read(&mut buffer).unwrap(), 0);
+        }
+    }
+}
+
+#[test]
+fn what_was_not_read_of_a_connection_that_is_over_is_read_to_the_end() {
+    for address in ADDRESSES {
+        let (victim, mut peer) = pair(address);
+        peer.write_all(&[7; 100_000]).unwrap();
+        drop(peer);
+        victim.shutdown(std::net::Shutdown::Write).unwrap();
+        std::thread::sleep(Duration::from_millis(50));
+        assert_eq!(Info::of(victim.as_fd()).unwrap().state, state::CLOSE);
+        let files = testing::tree(vec![testing::look(&victim)]);
+        let image = testing::dump(&files);
+        testing::abandon(files, vec![victim.into()]);
+        let mut victim = TcpStream::from(testing::resume(testing::open(&image)).remove(&1).unwrap());
+        let mut found = Vec::new();
+        victim.read_to_end(&mut found).unwrap();
+        assert_eq!(found, [7; 100_000], "{address}");
+        assert!(victim.write(b"x").is_err());
+    }
+}
+
+#[test]
+fn a_connection_that_is_being_asked_for_is_made_after_the_move() {
+    // A full listener answers nobody.
+    let listener = std::os::fd::OwnedFd::from(TcpListener::bind("127.0.0.1:0").unwrap());
+    rustix::net::listen(&listener, 0).unwrap();
+    let address = SocketAddr::try_from(rustix::net::getsockname(&listener).unwrap()).unwrap();
+    let _first = TcpStream::connect(address).unwrap();
+    let identity = crate::kernel::socket::Identity {
+        family: libc::AF_INET,
+        kind: libc::SOCK_STREAM,
+        protocol: TCP,
+    };
+    let victim = identity.make().unwrap();
+    ask_again(
+        victim.as_fd(),
+        &Ends {
+            local: address,
+            remote: address,
+        },
+    )
+    .unwrap();
+    assert_eq!(Info::of(victim.as_fd()).unwrap().state, state::SYN_SENT);
+    let local = Ends::of(victim.as_fd()).unwrap().local;
+    let files = testing::tree(vec![testing::look(&victim)]);
+    let image = testing::dump(&files);
+    testing::abandon(files, vec![victim]);
+    let listener = TcpListener::from(listener);
+    listener.accept().unwrap();
+    let victim = testing::resume(testing::open(&image)).remove(&1).unwrap();
+    let mut victim = TcpStream::from(victim);
+    let (mut peer, from) = listener.accept().unwrap();
+    assert_eq!(from, local);
+    victim.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    peer.write_all(b"x").unwrap();
+    assert_eq!(victim.read(&mut [0; 4]).unwrap(), 1);
+    assert!(sys::fcntl_int(victim.as_fd(), libc::F_GETFL, 0).unwrap() & libc::O_NONBLOCK == 0);
+}
+
+#[test]
+fn urgent_data_is_refused_until_it_is_read_and_the_rest_goes_on_without_it() {
+    let (mut client, server) = pair("127.0.0.1:0");
+    client.write_all(b"abc").unwrap();
+    rustix::net::send(&client, b"U", SendFlags::OOB).unwrap();
+    client.write_all(b"def").unwrap();
+    std::thread::sleep(Duration::from_millis(20));
+    let files = testing::tree(vec![testing::look(&server)]);
+    let refused = testing::try_dump(&files, &testing::everything()).err().unwrap().chain();
+    assert!(refused.contains("MSG_OOB"), "{refused}");
+    rustix::net::recv(&server, &mut [0; 1][..], RecvFlags::OOB).unwrap();
+    drop(files);
+    let (mut streams, _) = carry(vec![server, client]);
+    let (mut client, mut server) = (streams.pop().unwrap(), streams.pop().unwrap());
+    client.write_all(b"ghi").unwrap();
+    let mut found = [0; 9];
+    server.read_exact(&mut found).unwrap();
+    assert_eq!(&found, b"abcdefghi");
+}
+
+#[test]
+fn connections_that_wait_to_be_accepted_are_refused_unless_they_may_be_lost() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let _client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let files = testing::tree(vec![testing::look(&listener)]);
+    let refused = testing::try_dump(&files, &testing::everything()).err().unwrap().chain();
+    assert!(refused.contains("--skip-in-flight"), "{refused}");
+    let options = crate::dump::Options {
+        skip_in_flight: true,
+        ..testing::everything()
+    };
+    assert!(testing::try_dump(&files, &options).is_ok());
+}
+
+#[test]
+fn a_connection_that_is_to_be_closed_comes_back_over() {
+    let (server, mut client) = pair("127.0.0.1:0");
+    let files = testing::tree(vec![testing::look(&server)]);
+    let options = crate::dump::Options {
+        tcp_established: false,
+        tcp_close: true,
+        ..testing::everything()
+    };
+    let image = testing::try_dump(&files, &options)
+        .map_err(|error| error.chain())
+        .unwrap();
+    drop((files, server));
+    // Nobody keeps the end of it from the other side.
+    assert_eq!(client.read(&mut [0; 4]).unwrap(), 0);
+    let mut server = TcpStream::from(testing::resume(testing::open(&image)).remove(&1).unwrap());
+    assert_eq!(server.read(&mut [0; 4]).unwrap(), 0);
+    assert!(server.write(b"x").is_err());
 }

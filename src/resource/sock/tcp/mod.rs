@@ -22,29 +22,37 @@
 //!
 //! | state | is restored as |
 //! |---|---|
-//! | LISTEN | itself; connections that wait to be accepted are lost, their clients get a reset |
-//! | CLOSE | itself, bound if it was |
+//! | LISTEN | itself; connections that wait to be accepted are refused, or lost with `--skip-in-flight` and in a migration: their clients get a reset |
+//! | CLOSE | itself, bound if it was, with what it had received and whether it was reset: [`ended`] |
+//! | SYN_SENT | itself: asks for the connection again |
 //! | ESTABLISHED | itself |
 //! | FIN_WAIT1, FIN_WAIT2 | FIN_WAIT1: the FIN is repeated once if the other end knew it already |
 //! | CLOSE_WAIT | ESTABLISHED, shut for reading: reads give the rest and then the end, acknowledgements include the other end's FIN |
 //! | LAST_ACK, CLOSING | FIN_WAIT1, shut for reading |
+//!
+//! Urgent data (MSG_OOB) that the program has not read is refused: only the other end could send it again. Where it has, the byte
+//! is not among the others any more, and the rest goes on without it.
+
+mod stream;
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::event::{PollFd, PollFlags};
-use rustix::net::{RecvFlags, SendFlags, Shutdown};
+use rustix::net::Shutdown;
 use whimbrel_images::entry::{ImageReader, ImageWriter};
-use whimbrel_images::proto::{FdTypes, FileEntry, InetSkEntry, SkShutdown, TcpOptsEntry, TcpStreamEntry};
+use whimbrel_images::proto::{FdTypes, FileEntry, InetSkEntry, SkShutdown, TcpOptsEntry};
 
+use self::stream::Stream;
+use super::ended;
 use super::inet::{self, Ends, state};
 use super::options::{self, RawOption, raw_options};
 use crate::error::{Context, Error, Result};
 use crate::kernel::nft::{Connection, Protocol};
-use crate::kernel::socket::{SIOCINQ, SIOCOUTQ, SIOCOUTQNSD, queue_length};
-use crate::kernel::sys::{set_socket_option, set_socket_option_int, socket_option, socket_option_int};
-use crate::resource::FileKind;
+use crate::kernel::sock_diag;
+use crate::kernel::sys::{self, set_socket_option_int, socket_option, socket_option_int};
 use crate::resource::fd::{FileDump, FileRestore, OpenFile};
+use crate::resource::{Endpoint, FileKind};
 
 /// TCP sockets.
 pub struct Tcp;
@@ -78,35 +86,10 @@ static UNCONNECTED: &[RawOption] = raw_options![
 
 const TCP_ULP: i32 = 31;
 const TCP_REPAIR: i32 = 19;
-const TCP_REPAIR_QUEUE: i32 = 20;
-const TCP_QUEUE_SEQ: i32 = 21;
-const TCP_REPAIR_OPTIONS: i32 = 22;
-const TCP_TIMESTAMP: i32 = 24;
-const TCP_REPAIR_WINDOW: i32 = 29;
 
 const REPAIR_ON: i32 = 1;
 const REPAIR_OFF: i32 = 0;
 const REPAIR_OFF_NO_WP: i32 = -1;
-
-const NO_QUEUE: i32 = 0;
-const RECEIVE_QUEUE: i32 = 1;
-const SEND_QUEUE: i32 = 2;
-
-/// Bits of `tcp_stream_entry.opt_mask`, those of TCP_INFO.
-const OPT_TIMESTAMPS: u32 = 1;
-const OPT_SACK: u32 = 2;
-const OPT_WSCALE: u32 = 4;
-
-/// Codes of TCP_REPAIR_OPTIONS, those of the options in a SYN.
-const CODE_MSS: u32 = 2;
-const CODE_WINDOW: u32 = 3;
-const CODE_SACK: u32 = 4;
-const CODE_TIMESTAMP: u32 = 8;
-
-/// Data is put into queues in pieces of this size.
-const PIECE: usize = 64 << 10;
-/// Largest send buffer that the kernel gives, so no queue in an image can be larger.
-const LARGEST_QUEUE: u32 = 1 << 30;
 
 impl FileKind for Tcp {
     fn name(&self) -> &'static str {
@@ -138,18 +121,23 @@ impl FileKind for Tcp {
         }
         let info = Info::of(socket)?;
         match info.state {
-            state::LISTEN => Ok(()),
-            state::CLOSE => match queue_length(socket, SIOCINQ).unwrap_or(0) {
-                0 => Ok(()),
-                unread => refused(
-                    "carry a closed TCP socket",
-                    format!("{unread} bytes were received before it was closed and are not read yet"),
-                ),
-            },
-            state::SYN_SENT | state::SYN_RECV => refused(
+            state::LISTEN if info.unacked > 0 && !dump.options.skip_in_flight => {
+                Err(Error::new("carry a listening TCP socket")
+                    .object(ends.describe())
+                    .because(format!("{} connections wait to be accepted", info.unacked))
+                    .hint("try again in a moment, or use --skip-in-flight to lose them"))
+            }
+            state::LISTEN | state::SYN_SENT => Ok(()),
+            _ if super::poll(socket, PollFlags::PRI)?.contains(PollFlags::PRI) => refused(
+                "carry a TCP socket",
+                "it has urgent data (MSG_OOB) that the program has not read".into(),
+            ),
+            state::CLOSE => Ok(()),
+            state::SYN_RECV => refused(
                 "carry a TCP socket",
                 "its connection is being made right now; try again in a moment".into(),
             ),
+            _ if dump.options.tcp_close => Ok(()),
             _ if !dump.options.tcp_established => Err(Error::new("carry a connected TCP socket")
                 .object(ends.describe())
                 .hint("use --tcp-established")),
@@ -161,8 +149,9 @@ impl FileKind for Tcp {
     fn dump(&self, file: &OpenFile, id: u32, dump: &mut FileDump<'_>) -> Result<FileEntry> {
         let socket = file.handle.as_fd();
         let info = Info::of(socket)?;
-        let connected = is_connected(info.state);
-        let ended = info.state != state::LISTEN && !got_fin(info.state) && shut_for_reading(socket)?;
+        let closes = is_connected(info.state) && dump.options.tcp_close;
+        let connected = is_connected(info.state) && !closes;
+        let ended = closes || info.state != state::LISTEN && !got_fin(info.state) && shut_for_reading(socket)?;
         let own = if connected || ended {
             OPTIONS.to_vec()
         } else {
@@ -193,6 +182,15 @@ impl FileKind for Tcp {
             let shutdown = if connected { SkShutdown::Read } else { SkShutdown::Both };
             entry.shutdown = Some(shutdown as i32);
         }
+        match info.state {
+            _ if closes => entry.state = state::CLOSE,
+            state::CLOSE => ended::dump(socket, id, dump)?,
+            state::SYN_SENT => {
+                let remote = asked(file)?;
+                (entry.dst_addr, entry.dst_port) = (inet::words(remote.ip()), u32::from(remote.port()));
+            }
+            _ => {}
+        }
         if connected {
             let mut stream = Stream::read(socket, &info).map_err(|error| {
                 let ends = Ends::of(socket).map(|ends| ends.describe()).unwrap_or_default();
@@ -216,27 +214,26 @@ impl FileKind for Tcp {
         })
     }
 
-    fn connection(&self, file: &OpenFile) -> Result<Option<Connection>> {
+    fn endpoint(&self, file: &OpenFile) -> Result<Option<Endpoint>> {
         let ends = Ends::of(file.handle.as_fd())?;
-        let connected = ends.remote.port() != 0;
-        Ok(connected.then_some(Connection {
-            protocol: Protocol::Tcp,
-            local: ends.local,
-            remote: ends.remote,
-        }))
+        let listens = || Ok::<_, Error>(Info::of(file.handle.as_fd())?.state == state::LISTEN);
+        Ok(match ends.remote.port() {
+            0 if listens()? => Some(Endpoint::Listener(ends.local)),
+            0 => None,
+            _ => Some(endpoint(&ends)),
+        })
     }
 
-    fn connection_of(&self, entry: &FileEntry) -> Result<Option<Connection>> {
+    fn endpoint_of(&self, entry: &FileEntry) -> Result<Option<Endpoint>> {
         let entry = inet::entry_of(entry)?;
-        if entry.dst_port == 0 {
+        if entry.dst_port == 0 && entry.state != state::LISTEN {
             return Ok(None);
         }
         let any = rustix::net::socket(rustix::net::AddressFamily::INET, rustix::net::SocketType::DGRAM, None);
         let ends = Ends::of_entry(entry, any.map_err(io::Error::from).context("open a socket")?)?;
-        Ok(Some(Connection {
-            protocol: Protocol::Tcp,
-            local: ends.local,
-            remote: ends.remote,
+        Ok(Some(match entry.dst_port {
+            0 => Endpoint::Listener(ends.local),
+            _ => endpoint(&ends),
         }))
     }
 
@@ -252,20 +249,42 @@ impl FileKind for Tcp {
     fn open(&self, entry: &FileEntry, restore: &mut FileRestore<'_>) -> Result<OwnedFd> {
         let entry = inet::entry_of(entry)?;
         let own = [OPTIONS, UNCONNECTED].concat();
-        let socket = inet::make(entry, &own)?;
+        let closes = is_connected(entry.state) && restore.options.tcp_close;
+        let left = match entry.state {
+            state::CLOSE => ended::restore(entry, restore)?,
+            _ => None,
+        };
+        let bound = left.is_some();
+        let socket = left.map_or_else(|| inet::fresh(entry), Ok)?;
         let fd = socket.as_fd();
+        // A socket that has an address has said by then whether it is of IPv6 only, and the kernel may have said it for it.
+        let told = InetSkEntry {
+            v6only: entry.v6only.filter(|_| !bound),
+            ..entry.clone()
+        };
+        inet::prepare(fd, &told, &own)?;
         set_keepalive(fd, entry)?;
         let ends = Ends::of_entry(entry, fd)?;
         match entry.state {
+            _ if closes => {}
             state::LISTEN => {
                 inet::bind(fd, &ends)?;
                 rustix::net::listen(fd, i32::try_from(entry.backlog).unwrap_or(i32::MAX))
                     .map_err(io::Error::from)
                     .with(|| Error::new("listen").object(ends.describe()))?;
             }
-            state::CLOSE => {
-                if ends.local.port() != 0 || !ends.local.ip().is_unspecified() {
-                    inet::bind(fd, &ends)?;
+            state::CLOSE | state::SYN_SENT => {
+                let named = ends.local.port() != 0 || !ends.local.ip().is_unspecified();
+                let bind = if named && !bound { inet::bind(fd, &ends) } else { Ok(()) };
+                match bind {
+                    // After a connection the port may be held by what the kernel remembers of it (TIME_WAIT).
+                    Err(error) if entry.shutdown.is_some() && error.errno() == Some(libc::EADDRINUSE) => {
+                        tracing::debug!(
+                            error = error.chain(),
+                            "a socket whose connection is over has lost its address"
+                        );
+                    }
+                    other => other?,
                 }
             }
             known if is_connected(known) => {
@@ -279,7 +298,7 @@ impl FileKind for Tcp {
                 return Err(Error::new("restore a TCP socket").because(format!("the image has state {other}")));
             }
         }
-        if let Some(how) = inet::shutdown_of(entry.shutdown) {
+        if let Some(how) = inet::shutdown_of(entry.shutdown).or(closes.then_some(Shutdown::Both)) {
             shut(fd, how)?;
         }
         set_flags(fd, entry)?;
@@ -293,7 +312,10 @@ impl FileKind for Tcp {
             return Ok(());
         };
         let fd = socket.as_fd();
-        if is_connected(isk.state) {
+        if isk.state == state::SYN_SENT {
+            ask_again(fd, &Ends::of_entry(isk, fd)?)?;
+        }
+        if is_connected(isk.state) && !restore.options.tcp_close {
             // After the other end's FIN there is nothing to be learned from it, and if it is gone, it would answer with a reset.
             let off = if got_fin(isk.state) {
                 REPAIR_OFF_NO_WP
@@ -306,6 +328,37 @@ impl FileKind for Tcp {
         }
         options::reuse(fd, &isk.opts)
     }
+}
+
+/// Whom a socket has asked for a connection: getpeername(2) tells only when there is one.
+fn asked(file: &OpenFile) -> Result<std::net::SocketAddr> {
+    let sockets = sock_diag::inet_sockets(libc::IPPROTO_TCP as u8).context("list TCP sockets")?;
+    let found = sockets
+        .iter()
+        .find(|socket| u64::from(socket.inode) == file.stat.st_ino && u32::from(socket.state) == state::SYN_SENT);
+    found.map(|socket| socket.remote).ok_or_else(|| {
+        Error::new("carry a TCP socket").because("its connection is being made right now; try again in a moment")
+    })
+}
+
+/// Asks for a connection, without waiting for it.
+fn ask_again(socket: BorrowedFd<'_>, ends: &Ends) -> Result<()> {
+    let flags = sys::fcntl_int(socket, libc::F_GETFL, 0).context("read the flags of a socket")?;
+    let set = |flags| sys::fcntl_int(socket, libc::F_SETFL, flags).context("set the flags of a socket");
+    set(flags | libc::O_NONBLOCK)?;
+    match rustix::net::connect(socket, &ends.remote) {
+        Ok(()) | Err(rustix::io::Errno::INPROGRESS) => {}
+        Err(error) => tracing::warn!(connection = ends.describe(), %error, "a connection cannot be asked for here"),
+    }
+    set(flags).map(drop)
+}
+
+fn endpoint(ends: &Ends) -> Endpoint {
+    Endpoint::Connection(Connection {
+        protocol: Protocol::Tcp,
+        local: ends.local,
+        remote: ends.remote,
+    })
 }
 
 fn is_connected(state: u32) -> bool {
@@ -436,271 +489,5 @@ impl Info {
     }
 }
 
-/// A socket in repair mode, which it leaves when this is dropped, as if nothing had been.
-struct Repair<'a> {
-    socket: BorrowedFd<'a>,
-    reuse: i32,
-}
-
-impl<'a> Repair<'a> {
-    fn enter(socket: BorrowedFd<'a>) -> io::Result<Repair<'a>> {
-        // Repair mode uses this option for itself and clears it in the end.
-        let reuse = socket_option_int(socket, libc::SOL_SOCKET, libc::SO_REUSEADDR)?.min(1);
-        set_socket_option_int(socket, TCP, TCP_REPAIR, REPAIR_ON)?;
-        Ok(Repair { socket, reuse })
-    }
-}
-
-impl Drop for Repair<'_> {
-    fn drop(&mut self) {
-        let left = set_socket_option_int(self.socket, TCP, TCP_REPAIR, REPAIR_OFF_NO_WP)
-            .and_then(|()| set_socket_option_int(self.socket, libc::SOL_SOCKET, libc::SO_REUSEADDR, self.reuse));
-        if let Err(error) = left {
-            tracing::error!(%error, "a TCP connection could not be taken out of repair mode");
-        }
-    }
-}
-
-/// A connection: sequence numbers, options, windows, queues.
-struct Stream {
-    entry: TcpStreamEntry,
-    inq: Vec<u8>,
-    outq: Vec<u8>,
-}
-
-impl Stream {
-    /// Reads the connection of a socket, which is in repair mode for just that time.
-    fn read(socket: BorrowedFd<'_>, info: &Info) -> io::Result<Stream> {
-        let select = |queue: i32| set_socket_option_int(socket, TCP, TCP_REPAIR_QUEUE, queue);
-        let word = |name: i32| socket_option_int(socket, TCP, name).map(|value| value as u32);
-        let fin = u32::from(fin_queued(info.state));
-        let inq_len = queue_length(socket, SIOCINQ)?;
-        let outq_len = queue_length(socket, SIOCOUTQ)?.saturating_sub(fin);
-        let unsq_len = queue_length(socket, SIOCOUTQNSD)?.saturating_sub(fin);
-        let (mut inq, mut outq) = (vec![0; inq_len as usize], vec![0; outq_len as usize]);
-        let peek_off = socket_option_int(socket, libc::SOL_SOCKET, libc::SO_PEEK_OFF).unwrap_or(-1);
-        if peek_off >= 0 {
-            set_socket_option_int(socket, libc::SOL_SOCKET, libc::SO_PEEK_OFF, -1)?;
-        }
-
-        let repair = Repair::enter(socket)?;
-        let mut queues = || -> io::Result<_> {
-            select(RECEIVE_QUEUE)?;
-            let inq_seq = word(TCP_QUEUE_SEQ)?;
-            let received = peek(socket, &mut inq)?;
-            // With the send queue selected, the kernel takes data for sent that it was asked to send: be short.
-            select(SEND_QUEUE)?;
-            let outq_seq = word(TCP_QUEUE_SEQ)?;
-            let sent = peek(socket, &mut outq)?;
-            select(NO_QUEUE)?;
-            let window = socket_option(socket, TCP, TCP_REPAIR_WINDOW, 20)?;
-            let clamp = word(libc::TCP_MAXSEG)?;
-            let timestamp = word(TCP_TIMESTAMP)?;
-            let after = (queue_length(socket, SIOCINQ)?, queue_length(socket, SIOCOUTQ)?);
-            Ok((inq_seq, received, outq_seq, sent, window, clamp, timestamp, after))
-        };
-        let result = queues();
-        if result.is_err() {
-            // Even if that was what failed.
-            let _ = select(NO_QUEUE);
-        }
-        drop(repair);
-
-        if peek_off >= 0 {
-            set_socket_option_int(socket, libc::SOL_SOCKET, libc::SO_PEEK_OFF, peek_off)?;
-        }
-        let (inq_seq, received, outq_seq, sent, window, mss_clamp, timestamp, after) = result?;
-        if (received, sent) != (inq.len(), outq.len()) || after != (inq_len, outq_len + fin) {
-            return Err(io::Error::other(format!(
-                "{received} of {inq_len} received and {sent} of {outq_len} sent bytes could be read: the connection is in use, or has urgent data"
-            )));
-        }
-        let window_word = |at: usize| {
-            window
-                .get(at * 4..at * 4 + 4)
-                .map(|word| u32::from_ne_bytes(word.try_into().unwrap_or_default()))
-        };
-        let entry = TcpStreamEntry {
-            inq_len,
-            inq_seq,
-            outq_len,
-            outq_seq,
-            opt_mask: info.options & (OPT_TIMESTAMPS | OPT_SACK | OPT_WSCALE),
-            snd_wscale: info.snd_wscale,
-            mss_clamp,
-            rcv_wscale: (info.options & OPT_WSCALE != 0).then_some(info.rcv_wscale),
-            timestamp: (info.options & OPT_TIMESTAMPS != 0).then_some(timestamp),
-            cork: None,
-            nodelay: None,
-            unsq_len: Some(unsq_len),
-            snd_wl1: window_word(0),
-            snd_wnd: window_word(1),
-            max_window: window_word(2),
-            rcv_wnd: window_word(3),
-            rcv_wup: window_word(4),
-        };
-        Ok(Stream { entry, inq, outq })
-    }
-
-    fn load(image: &mut ImageReader) -> Result<Stream> {
-        let damaged = |why: &str| Error::new("restore a TCP connection").because(why);
-        let entry: TcpStreamEntry = image.required().context("read a TCP connection")?;
-        if entry.inq_len > LARGEST_QUEUE || entry.outq_len > LARGEST_QUEUE {
-            return Err(damaged("the image has a queue that is larger than any can be"));
-        }
-        if entry.unsq_len.unwrap_or(0) > entry.outq_len {
-            return Err(damaged(
-                "the image has more data that was not sent than data in the send queue",
-            ));
-        }
-        let inq = image.extra(u64::from(entry.inq_len)).context("read a TCP connection")?;
-        let outq = image
-            .extra(u64::from(entry.outq_len))
-            .context("read a TCP connection")?;
-        Ok(Stream { entry, inq, outq })
-    }
-
-    /// The part of the send queue that was sent, and the rest.
-    fn sent_and_rest(&self) -> (&[u8], &[u8]) {
-        let rest = self.entry.unsq_len.unwrap_or(0).min(self.entry.outq_len) as usize;
-        self.outq.split_at(self.outq.len() - rest)
-    }
-
-    /// Makes the connection on a new socket, which stays in repair mode.
-    fn build(&self, socket: BorrowedFd<'_>, state: u32, ends: &Ends) -> Result<()> {
-        let entry = &self.entry;
-        let set = |name: i32, text: &str, value: u32| {
-            set_socket_option_int(socket, TCP, name, value as i32)
-                .with(|| Error::new("repair a TCP connection").object(text))
-        };
-        let select = |queue: i32| set(TCP_REPAIR_QUEUE, "TCP_REPAIR_QUEUE", queue as u32);
-        set_socket_option_int(socket, TCP, TCP_REPAIR, REPAIR_ON)
-            .with(|| Error::new("repair a TCP connection").hint("this needs CAP_NET_ADMIN in the network namespace"))?;
-        inet::bind(socket, ends)?;
-        options::make_room(socket, u64::from(entry.outq_len), u64::from(entry.inq_len))?;
-        // Sequence numbers are set where the queues begin, and move on as these are filled. A FIN of the other end counts as
-        // received from the start: it is not made again, only acknowledged. Ours is made again, so it is not counted.
-        select(RECEIVE_QUEUE)?;
-        set(
-            TCP_QUEUE_SEQ,
-            "TCP_QUEUE_SEQ",
-            entry.inq_seq.wrapping_sub(entry.inq_len),
-        )?;
-        select(SEND_QUEUE)?;
-        let data_end = entry.outq_seq.wrapping_sub(u32::from(sent_fin(state)));
-        set(TCP_QUEUE_SEQ, "TCP_QUEUE_SEQ", data_end.wrapping_sub(entry.outq_len))?;
-        inet::connect(socket, ends)?;
-        self.set_options(socket)?;
-        if let Some(timestamp) = entry.timestamp {
-            set(TCP_TIMESTAMP, "TCP_TIMESTAMP", timestamp)?;
-        }
-        select(RECEIVE_QUEUE)?;
-        fill(socket, &self.inq, "fill the receive queue")?;
-        select(SEND_QUEUE)?;
-        let (sent, rest) = self.sent_and_rest();
-        fill(socket, sent, "fill the send queue")?;
-        if sent_fin(state) && rest.is_empty() {
-            // In repair mode the FIN goes to the queue as sent.
-            shut(socket, Shutdown::Write)?;
-        }
-        if got_fin(state) {
-            shut(socket, Shutdown::Read)?;
-        }
-        select(NO_QUEUE)?;
-        self.set_window(socket)
-    }
-
-    fn set_options(&self, socket: BorrowedFd<'_>) -> Result<()> {
-        let entry = &self.entry;
-        let mut pairs = vec![[CODE_MSS, entry.mss_clamp]];
-        if entry.opt_mask & OPT_WSCALE != 0 {
-            pairs.push([
-                CODE_WINDOW,
-                entry.snd_wscale & 0xffff | entry.rcv_wscale.unwrap_or(0) << 16,
-            ]);
-        }
-        if entry.opt_mask & OPT_SACK != 0 {
-            pairs.push([CODE_SACK, 0]);
-        }
-        if entry.opt_mask & OPT_TIMESTAMPS != 0 {
-            pairs.push([CODE_TIMESTAMP, 0]);
-        }
-        let bytes: Vec<u8> = pairs.into_iter().flatten().flat_map(u32::to_ne_bytes).collect();
-        set_socket_option(socket, TCP, TCP_REPAIR_OPTIONS, &bytes)
-            .with(|| Error::new("repair a TCP connection").object("TCP_REPAIR_OPTIONS"))?;
-        // The segment size was computed while connecting, from the smallest that all hosts take. Setting the IP options, to
-        // what they are, has it computed again.
-        let ip_options = socket_option(socket, libc::IPPROTO_IP, libc::IP_OPTIONS, 40).unwrap_or_default();
-        if let Err(error) = set_socket_option(socket, libc::IPPROTO_IP, libc::IP_OPTIONS, &ip_options) {
-            tracing::debug!(%error, "a TCP connection goes on with small segments");
-        }
-        Ok(())
-    }
-
-    fn set_window(&self, socket: BorrowedFd<'_>) -> Result<()> {
-        let entry = &self.entry;
-        let words = [
-            entry.snd_wl1,
-            entry.snd_wnd,
-            entry.max_window,
-            entry.rcv_wnd,
-            entry.rcv_wup,
-        ];
-        // Old images lack them; the probe at the end asks the other end for its window.
-        let Some(words) = words.into_iter().collect::<Option<Vec<u32>>>() else {
-            return Ok(());
-        };
-        let bytes: Vec<u8> = words.into_iter().flat_map(u32::to_ne_bytes).collect();
-        set_socket_option(socket, TCP, TCP_REPAIR_WINDOW, &bytes)
-            .with(|| Error::new("repair a TCP connection").object("TCP_REPAIR_WINDOW"))
-    }
-
-    /// Sends what was never sent, the ordinary way, then makes the buffers what they were.
-    fn send_rest(&self, socket: BorrowedFd<'_>, entry: &InetSkEntry) -> Result<()> {
-        let (_, rest) = self.sent_and_rest();
-        if !rest.is_empty() {
-            options::make_room(socket, self.outq.len() as u64, self.inq.len() as u64)?;
-            if let Err(error) = fill(socket, rest, "send the rest") {
-                match error.errno() {
-                    // The other end is gone; the program will learn it when it uses the socket.
-                    Some(libc::ECONNRESET | libc::EPIPE | libc::ETIMEDOUT | libc::EHOSTUNREACH | libc::ENETUNREACH) => {
-                        tracing::warn!(error = error.chain(), "a connection was lost before it could go on");
-                    }
-                    _ => return Err(error),
-                }
-            }
-            if sent_fin(entry.state) {
-                shut(socket, Shutdown::Write)?;
-            }
-            options::buffers(socket, &entry.opts)?;
-        }
-        Ok(())
-    }
-}
-
-/// Copies the selected queue; the amount that was there.
-fn peek(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<usize> {
-    if buffer.is_empty() {
-        return Ok(0);
-    }
-    let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
-    let (copied, _) = rustix::net::recv(socket, buffer, flags)?;
-    Ok(copied)
-}
-
-/// Puts all of `data` into the selected queue, or sends it.
-fn fill(socket: BorrowedFd<'_>, data: &[u8], what: &str) -> Result<()> {
-    let mut rest = data;
-    while !rest.is_empty() {
-        let piece = &rest[..rest.len().min(PIECE)];
-        let done = rustix::net::send(socket, piece, SendFlags::NOSIGNAL | SendFlags::DONTWAIT)
-            .map_err(io::Error::from)
-            .with(|| Error::new(format!("{what} of a TCP connection")))?;
-        rest = &rest[done..];
-    }
-    Ok(())
-}
-
 #[cfg(test)]
-#[path = "tcp_tests.rs"]
 mod tests;
