@@ -134,6 +134,7 @@ def churn():
 def fork_and_look():
     child = os.fork()
     if child == 0:
+        while not os.path.exists(base + '/look'): time.sleep(0.005)
         bad = check(area, 0, SIZE // PAGE)
         open(base + '/child', 'w').write(str(bad))
         os._exit(0)
@@ -261,8 +262,10 @@ impl Victim {
     }
 
     /// A daemon that serves from the images.
-    fn daemon(&self) -> Running {
-        let daemon = self.start_server("daemon.log", &["lazy-pages", "-v4", "-D", &self.show("images")]);
+    fn daemon(&self, more: &[&str]) -> Running {
+        let images = self.show("images");
+        let arguments = [&["lazy-pages", "-v4", "-D", &images], more].concat();
+        let daemon = self.start_server("daemon.log", &arguments);
         until("the daemon's socket", || self.path("images/lazy-pages.socket").exists());
         daemon
     }
@@ -303,7 +306,7 @@ fn a_lazy_restore_has_all_memory_in_the_end_and_leaves_nothing_in_the_program() 
     }
     let victim = Victim::start();
     victim.dump(&[]);
-    let mut daemon = victim.daemon();
+    let mut daemon = victim.daemon(&[]);
     victim.restore();
     victim.is_right(1, "threads");
     victim.is_right(2, "whole");
@@ -347,7 +350,7 @@ fn pages_of_all_parents_are_served() {
     good(&victim.whimbrel(&["pre-dump", "-t", &pid, "-D", &one]));
     victim.is_right(1, "change");
     victim.dump(&["--prev-images-dir", "../one", "--track-mem"]);
-    let mut daemon = victim.daemon();
+    let mut daemon = victim.daemon(&[]);
     victim.restore();
     victim.is_right(2, "whole");
     daemon.ends_well("the daemon ends when all is there");
@@ -361,7 +364,7 @@ fn fork_and_changes_of_the_address_space_while_memory_follows_keep_every_page_ri
     let victim = Victim::start();
     victim.dump(&[]);
     victim.ask(1, "fork_and_change");
-    let mut daemon = victim.daemon();
+    let mut daemon = victim.daemon(&[]);
     victim.restore();
     victim.is_right(1, "fork_and_change");
     daemon.ends_well("the daemon ends when all is there");
@@ -377,7 +380,7 @@ fn a_program_that_changes_its_address_space_all_the_time_does_not_stall_when_all
         let victim = Victim::start();
         victim.dump(&[]);
         victim.ask(1, "churn");
-        let mut daemon = victim.daemon();
+        let mut daemon = victim.daemon(&[]);
         victim.restore();
         daemon.ends_well("the daemon ends when all is there");
         victim.is_right(1, "churn");
@@ -393,7 +396,7 @@ fn a_mapping_can_be_moved_as_a_whole_while_it_lacks_pages() {
     let victim = Victim::start();
     victim.dump(&[]);
     victim.ask(1, "grow");
-    let mut daemon = victim.daemon();
+    let mut daemon = victim.daemon(&[]);
     victim.restore();
     victim.is_right(1, "grow");
     daemon.ends_well("the daemon ends when all is there");
@@ -436,7 +439,7 @@ impl There {
         Running(command.spawn().unwrap())
     }
 
-    fn daemon(&self, victim: &Victim, port: u16) -> Running {
+    fn daemon(&self, victim: &Victim, port: u16, more: &[&str]) -> Running {
         let (images, port) = (victim.show("images"), port.to_string());
         let arguments = [
             "lazy-pages",
@@ -447,7 +450,7 @@ impl There {
             "--address",
             "127.0.0.1",
         ];
-        let daemon = self.start(victim, "daemon.log", &[&arguments[..], &["--port", &port]].concat());
+        let daemon = self.start(victim, "daemon.log", &[&arguments[..], &["--port", &port], more].concat());
         until("the daemon's socket", || {
             victim.path("images/lazy-pages.socket").exists()
         });
@@ -545,7 +548,7 @@ fn memory_follows_from_the_dump_on_another_host_which_then_ends_the_tree_there()
         text(&output.stderr)
     );
 
-    let mut daemon = there.daemon(&victim, port);
+    let mut daemon = there.daemon(&victim, port, &[]);
     there.restore(&victim);
     victim.is_right(1, "threads");
     victim.is_right(2, "fork_and_change");
@@ -566,7 +569,7 @@ fn what_a_pre_dump_has_does_not_follow() {
     good(&victim.whimbrel(&["pre-dump", "-t", &pid, "-D", &one]));
     victim.is_right(1, "change");
     let mut dump = victim.lazy_dump(port, &["--json", "--prev-images-dir", "../one"]);
-    let mut daemon = there.daemon(&victim, port);
+    let mut daemon = there.daemon(&victim, port, &[]);
     there.restore(&victim);
     victim.is_right(2, "whole");
     daemon.ends_well("the daemon ends when all is there");
@@ -590,7 +593,7 @@ fn a_lazy_dump_that_nobody_asks_can_be_cancelled_and_the_tree_goes_on() {
     let (victim, there, port) = (Victim::start(), There::new(), free_port());
     let mut dump = victim.lazy_dump(port, &[]);
     // A daemon that has come and gone has fetched nothing.
-    drop(there.daemon(&victim, port));
+    drop(there.daemon(&victim, port, &[]));
     whimbrel::kernel::sys::kill(dump.0.id() as i32, libc::SIGTERM).unwrap();
     until("the dump ends", || dump.ended().is_some());
     assert_eq!(dump.ended(), Some(false));
@@ -607,7 +610,7 @@ fn when_the_dump_dies_the_restored_program_waits_and_the_old_copy_stays_stopped(
     }
     let (victim, there, port) = (Victim::start(), There::new(), free_port());
     let mut dump = victim.lazy_dump(port, &[]);
-    let mut daemon = there.daemon(&victim, port);
+    let mut daemon = there.daemon(&victim, port, &[]);
     let images = victim.show("images");
     let arguments = ["restore", "-d", "-D", &images, "--lazy-pages"];
     let mut restore = there.start(&victim, "there.log", &arguments);
@@ -632,7 +635,7 @@ fn a_lost_link_leaves_the_program_waiting_and_all_goes_on_when_it_is_back() {
     }
     let (victim, there, port) = (Victim::start(), There::new(), free_port());
     let mut dump = victim.lazy_dump(port, &[]);
-    let mut daemon = there.daemon(&victim, port);
+    let mut daemon = there.daemon(&victim, port, &[]);
     // From now on nobody answers.
     whimbrel::kernel::sys::kill(dump.0.id() as i32, libc::SIGSTOP).unwrap();
     there.restore(&victim);
@@ -653,7 +656,7 @@ fn when_the_daemon_dies_the_program_waits_and_reads_no_zeros() {
     }
     let (victim, there, port) = (Victim::start(), There::new(), free_port());
     let dump = victim.lazy_dump(port, &[]);
-    let mut daemon = there.daemon(&victim, port);
+    let mut daemon = there.daemon(&victim, port, &[]);
     // Nobody answers, so that nearly all is missing when the daemon dies.
     whimbrel::kernel::sys::kill(dump.0.id() as i32, libc::SIGSTOP).unwrap();
     there.restore(&victim);
@@ -678,30 +681,42 @@ fn a_child_that_was_forked_while_memory_follows_waits_too_when_the_daemon_dies()
         return;
     }
     let (victim, there, port) = (Victim::start(), There::new(), free_port());
-    let dump = victim.lazy_dump(port, &[]);
+    let _dump = victim.lazy_dump(port, &[]);
     victim.ask(1, "fork_and_look");
-    let mut daemon = there.daemon(&victim, port);
-    let server = dump.0.id() as i32;
-    whimbrel::kernel::sys::kill(server, libc::SIGSTOP).unwrap();
+    // What nobody touches does not come.
+    let mut daemon = there.daemon(&victim, port, &["--on-demand"]);
     there.restore(&victim);
-    // Memory comes in drops, until there is a child that has a guard.
     until("the forked child has a guard", || {
-        let log = victim.log("daemon.log");
-        assert!(
-            !log.contains("All memory is there"),
-            "it came too fast: the test proves nothing"
-        );
-        if log.contains("keeps its own userfaultfd") {
-            return true;
-        }
-        whimbrel::kernel::sys::kill(server, libc::SIGCONT).unwrap();
-        std::thread::sleep(Duration::from_micros(200));
-        whimbrel::kernel::sys::kill(server, libc::SIGSTOP).unwrap();
-        false
+        victim.log("daemon.log").contains("keeps its own userfaultfd")
     });
     daemon.0.kill().unwrap();
     daemon.0.wait().unwrap();
+    std::fs::write(victim.path("look"), "").unwrap();
     std::thread::sleep(Duration::from_secs(2));
     assert!(!victim.path("child").exists(), "the child went on without its memory");
     assert_eq!(victim.answer(1), None);
+}
+
+#[test]
+fn on_demand_only_what_is_touched_comes_and_the_daemon_ends_with_the_program() {
+    if !is_root() {
+        return;
+    }
+    let victim = Victim::start();
+    victim.dump(&[]);
+    let mut daemon = victim.daemon(&["--on-demand", "--json"]);
+    victim.restore();
+    victim.is_right(1, "alive");
+    victim.is_right(2, "threads");
+    assert_eq!(daemon.ended(), None, "memory is missing, and the daemon is gone");
+    victim.is_right(3, "change");
+    whimbrel::kernel::sys::kill(victim.pid, libc::SIGKILL).unwrap();
+    until("the program is gone", || !victim.is_there());
+    daemon.ends_well("the daemon ends with the program");
+    let log = victim.log("daemon.log");
+    assert!(log.contains("\"prefetched\":0"), "{log}");
+    // Of 16,384 pages of memory at least it needed few.
+    let pages = log.split("\"fault_pages\":").nth(1).unwrap_or("");
+    let pages: u64 = pages.split(',').next().unwrap().parse().unwrap();
+    assert!((480..8000).contains(&pages), "{pages} pages came");
 }

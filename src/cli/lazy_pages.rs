@@ -45,6 +45,10 @@ pub struct LazyPages {
     /// Run in the background once the socket is there.
     #[arg(short = 'd', long)]
     daemon: bool,
+    /// Fetch only what is touched, nothing in the background: for programs that need little of their memory. The daemon ends
+    /// with them.
+    #[arg(long)]
+    on_demand: bool,
     /// It is what this verb does.
     #[arg(long, hide = true)]
     lazy_pages: bool,
@@ -102,7 +106,7 @@ impl Run for LazyPages {
                 (over(Arc::new(Urgent(client.clone()))), over(Arc::new(client)))
             }
         };
-        let mut serving = Serving::start(tasks, urgent, bulk, None)?;
+        let mut serving = Serving::start(tasks, urgent, (!self.on_demand).then_some(bulk), None)?;
         let progress = loop {
             match serving.wait(Duration::from_millis(200)) {
                 Ok(Some(progress)) => break progress,

@@ -111,7 +111,7 @@ impl FaultLinks {
         }
         let urgent = Arc::new(Urgent(clients[0].clone()));
         let bulk = Arc::new(clients[clients.len() - 1].clone());
-        let mut serving = Serving::start(tasks, urgent, bulk, notes)?;
+        let mut serving = Serving::start(tasks, urgent, Some(bulk), notes)?;
         let started = Instant::now();
         let mut spare: Vec<FaultLink> = Vec::new();
         loop {

@@ -388,14 +388,15 @@ struct Forked {
 const LOOK: Duration = Duration::from_millis(5);
 
 impl Serving {
-    /// Serves tasks, with pages for faults from `urgent` and the rest from `bulk`.
+    /// Serves tasks, with pages for faults from `urgent` and the rest from `bulk`; without `bulk` only pages that are touched
+    /// come.
     ///
     /// # Errors
     /// When a thread cannot be started; the tasks wait then.
     pub fn start(
         tasks: Vec<Served>,
         urgent: Arc<dyn PageSource>,
-        bulk: Arc<dyn PageSource>,
+        bulk: Option<Arc<dyn PageSource>>,
         notes: Option<Arc<Notes>>,
     ) -> Result<Serving> {
         let (tell, forked) = channel();
@@ -406,10 +407,14 @@ impl Serving {
                 let _ = tell.send(Forked { pid, uffd, number });
             }
         });
-        let config = LazyConfig {
+        let mut config = LazyConfig {
             on_fork: Some(on_fork),
             ..LazyConfig::default()
         };
+        let bulk = bulk.unwrap_or_else(|| {
+            (config.prefetch_threads, config.around_pages) = (0, 0);
+            urgent.clone()
+        });
         let server = LazyServer::new(config, urgent, bulk).context("serve page faults")?;
         let mut guards = Vec::new();
         for task in tasks {
