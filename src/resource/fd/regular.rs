@@ -193,6 +193,8 @@ fn write_ghost(source: &Source<'_>, handle: &OwnedFd, id: u32, dump: &mut FileDu
         ino: Some(stat.st_ino),
         atim: time(stat.st_atime, stat.st_atime_nsec),
         mtim: time(stat.st_mtime, stat.st_mtime_nsec),
+        atim_rest: Some((stat.st_atime_nsec % 1000) as u32),
+        mtim_rest: Some((stat.st_mtime_nsec % 1000) as u32),
         size: Some(stat.st_size as u64),
         ..GhostFileEntry::default()
     };
@@ -333,7 +335,24 @@ fn make_ghost(entry: &RegFileEntry, ghost: u32, restore: &FileRestore<'_>) -> Re
         .context("set the owner of a deleted file")?;
         rustix::fs::fchmod(&file, mode)
             .map_err(std::io::Error::from)
-            .context("set the mode of a deleted file")
+            .context("set the mode of a deleted file")?;
+        let time = |time: Option<Timeval>, rest: Option<u32>| match time {
+            Some(time) => rustix::fs::Timespec {
+                tv_sec: time.tv_sec as i64,
+                tv_nsec: (time.tv_usec.min(999_999) * 1000) as i64 + i64::from(rest.unwrap_or(0).min(999)),
+            },
+            None => rustix::fs::Timespec {
+                tv_sec: 0,
+                tv_nsec: rustix::fs::UTIME_OMIT,
+            },
+        };
+        let times = rustix::fs::Timestamps {
+            last_access: time(meta.atim, meta.atim_rest),
+            last_modification: time(meta.mtim, meta.mtim_rest),
+        };
+        rustix::fs::futimens(&file, &times)
+            .map_err(std::io::Error::from)
+            .context("set the times of a deleted file")
     })();
     let removed = std::fs::remove_file(&made).context("delete a file again");
     filled.and(removed).map(|()| file)

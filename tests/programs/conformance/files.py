@@ -126,7 +126,7 @@ def a_deleted_file_is_shared_by_those_who_had_it_open():
     equal(os.fstat(f.fileno()).st_ino, os.fstat(other).st_ino, 'the inode')
 
 
-@promise(broken={'all': 'times are not restored'})
+@promise
 def a_deleted_file_keeps_mode_owner_and_times():
     f = file('f', b'x')
     os.chown(place('f'), 1234, 4321)
