@@ -355,7 +355,12 @@ fn make_ghost(entry: &RegFileEntry, ghost: u32, restore: &FileRestore<'_>) -> Re
             .context("set the times of a deleted file")
     })();
     let removed = std::fs::remove_file(&made).context("delete a file again");
-    filled.and(removed).map(|()| file)
+    filled.and(removed)?;
+    if fifo {
+        return Ok(file);
+    }
+    // Nothing that is open for writing can be the executable of a task: only the name of the file is kept.
+    fd::reopen(file.as_fd(), libc::O_PATH as u32).context("hold a deleted file")
 }
 
 /// The GNU build id of an ELF file as little-endian words; empty when it has none.

@@ -142,7 +142,7 @@ def a_file_mapped_at_an_offset_stays_there():
     equal(get(at + PAGE, 1), b'\x08')
 
 
-@promise(broken={'all': 'restore: set the bounds of the address space: permission denied'})
+@promise
 def a_running_program_that_was_deleted_goes_on():
     import shutil
     copy = place('copy')
