@@ -157,7 +157,7 @@ def a_large_deleted_file_is_refused_by_default():
     equal(os.fstat(f.fileno()).st_size, 2 << 20)
 
 
-@promise(dump=['--ghost-limit', '2M'], broken={'all': 'holes become zeros'}, not_in={'migrated': 'migrate has no --ghost-limit'})
+@promise(dump=['--ghost-limit', '2M'], not_in={'migrated': 'migrate has no --ghost-limit'})
 def holes_of_a_deleted_file_stay_holes():
     f = file('f')
     os.pwrite(f.fileno(), b'begin', 0)
