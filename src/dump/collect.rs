@@ -23,6 +23,9 @@ use crate::resource::task::tables::{self, Tables};
 use crate::resource::{self, Endpoints, FILE_KINDS, FileKind, Found, TASK_KINDS, ThreadView};
 use crate::tree::{DeadLeader, Task, TaskImage, TaskState, Tree, task_state};
 
+/// What images call the IPC namespace of a tree.
+const IPC_NAMESPACE: u32 = 3;
+
 /// What was looked up before the freeze, by process.
 #[derive(Default)]
 pub struct Prepared {
@@ -322,7 +325,7 @@ fn collect_task(task: &mut Task, tables: [u32; 3], prepared: &mut Prepared, all:
         sighand_id: vm_id,
         pid_ns_id: Some(1),
         net_ns_id: Some(2),
-        ipc_ns_id: Some(3),
+        ipc_ns_id: Some(IPC_NAMESPACE),
         uts_ns_id: Some(4),
         time_ns_id: Some(5),
         mnt_ns_id: Some(6),
@@ -556,6 +559,10 @@ impl Collected {
                     .with(failed)?;
                 vma.shmid = u64::from(self.segments.id_of(file)?);
             }
+            Backing::SystemV => {
+                let open = || File::options().read(true).open(format!("/proc/{pid}/{name}"));
+                vma.shmid = u64::from(self.segments.id_of_system_v(pid, map, open)?);
+            }
             Backing::Anonymous | Backing::Kernel => {}
         }
         Ok(())
@@ -613,6 +620,7 @@ impl Collected {
                     .err()
             })
             .chain(fd::locks::check(&dump).err())
+            .chain(self.segments.system_v.describe().err())
             .collect();
         let more = reasons
             .iter()
@@ -663,6 +671,7 @@ impl Collected {
         }
         fd::locks::dump(&mut dump)?;
         dump.close()?;
+        self.segments.system_v.dump(IPC_NAMESPACE, store)?;
         entries.append(&mut shared.extra);
         Ok(entries)
     }
@@ -722,6 +731,11 @@ impl Collected {
             return Ok(());
         }
         self.open.values().try_for_each(|file| kind_for(file)?.abandon(file))
+    }
+
+    /// Removes what the tree has made beside itself (System V segments), when it lives elsewhere.
+    pub fn abandon_segments(&self) {
+        self.segments.system_v.abandon(&|pid| self.pids.contains_key(&pid));
     }
 
     /// The image of a task.

@@ -9,6 +9,7 @@
 //! * [`link`]: network devices for hosts made out of namespaces.
 //! * [`nft`]: the network lock: packets of chosen connections are dropped while they are taken apart.
 //! * [`sock_diag`]: the sockets of a network namespace, as the kernel lists them.
+//! * [`shm`]: System V shared memory.
 //! * [`section`]: work that no SIGKILL to this process stops half-way.
 //! * [`features`]: what this kernel can do, found out by trying.
 
@@ -23,6 +24,7 @@ pub mod mm;
 mod netlink;
 pub mod nft;
 pub mod section;
+pub mod shm;
 pub mod sock_diag;
 pub mod socket;
 pub mod sys;

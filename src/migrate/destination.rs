@@ -23,7 +23,7 @@ use crate::procfs;
 use crate::remote::{Program, RemoteAddr, RemoteMemory};
 use crate::resource::Endpoints;
 use crate::resource::fd::FileRestore;
-use crate::resource::mem::{mapping, mapping::status, pages::Pages};
+use crate::resource::mem::{mapping, mapping::status, pages::Pages, sysv};
 use crate::restore::build::Skeleton;
 use crate::restore::lazy::{LazyTask, Served};
 use crate::restore::memory::Plan;
@@ -371,6 +371,8 @@ fn preflight(begin: &Begin, options: &Options) -> Vec<String> {
             ));
         }
     }
+    let places = begin.system_v.iter().map(sysv::find_place);
+    blockers.extend(places.filter_map(Result::err).map(|error| error.chain()));
     let available = available_memory();
     if begin.memory > available {
         let (needed, here) = (begin.memory >> 20, available >> 20);

@@ -3,7 +3,7 @@
 //! Unknown fields are skipped by prost, so that a newer peer may say more. Everything is checked where it is used.
 
 use prost::Message as _;
-use whimbrel_images::proto::{PstreeEntry, VmaEntry};
+use whimbrel_images::proto::{IpcShmEntry, PstreeEntry, VmaEntry};
 
 use crate::error::{Context, Error, Result};
 
@@ -84,6 +84,9 @@ pub struct Begin {
     /// session for it has no tool any more. Empty: not known.
     #[prost(string, tag = "13")]
     pub tree: String,
+    /// System V segments that it has attached.
+    #[prost(message, repeated, tag = "14")]
+    pub system_v: Vec<IpcShmEntry>,
 }
 
 /// The destination is ready, or not.

@@ -10,7 +10,7 @@ use crate::error::{Context, Error, Result};
 use crate::procfs::maps;
 use crate::remote::seed::{self, ARENA_SIZE};
 use crate::remote::{Arena, Arg, Newborn, Program, Puppet, RemoteAddr};
-use crate::resource::mem::mapping;
+use crate::resource::mem::{mapping, sysv};
 use crate::resource::task::tables;
 use crate::tree::{TaskImage, TreeImage};
 
@@ -110,6 +110,7 @@ pub struct Build {
     /// Its number in every task, above all of the tree's own; numbers after it are ours, too.
     pub(super) control: i32,
     pub(super) segments: super::memory::Segments,
+    pub(super) system_v: sysv::Segments,
     /// Tasks whose children have been created, but for those that come later.
     parents: BTreeSet<u32>,
     /// Guards of missing memory in each table of descriptors.
@@ -174,6 +175,7 @@ impl Build {
             channel,
             control,
             segments: Default::default(),
+            system_v: Default::default(),
             parents: BTreeSet::new(),
             guards: BTreeMap::new(),
             pids: Vec::new(),
@@ -450,6 +452,7 @@ impl Build {
     /// # Errors
     /// When a task died before.
     pub(super) fn release(mut self) -> Result<()> {
+        self.system_v.keep()?;
         self.pids.clear();
         let mut first = Ok(());
         for (_, task) in std::mem::take(&mut self.tasks) {

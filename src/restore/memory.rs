@@ -16,7 +16,7 @@ use crate::error::{Context, Error, Result};
 use crate::kernel::mm;
 use crate::procfs::maps;
 use crate::remote::{Program, RemoteAddr, RemoteMemory};
-use crate::resource::mem::{mapping, mapping::status, vdso};
+use crate::resource::mem::{mapping, mapping::status, sysv, vdso};
 use crate::tree::TaskImage;
 
 /// Shared memory segments of a tree, by image id.
@@ -33,7 +33,7 @@ impl Segments {
         let shared = tasks
             .iter()
             .flat_map(|task| &task.mm.vmas)
-            .filter(|vma| vma.status & status::ANON_SHARED != 0);
+            .filter(|vma| vma.status & (status::ANON_SHARED | status::SYSVIPC) == status::ANON_SHARED);
         for vma in shared {
             let end = vma.pgoff.saturating_add(vma.end - vma.start);
             let size = sizes.entry(vma.shmid).or_default();
@@ -145,7 +145,15 @@ impl Build {
     pub fn map(&mut self, pid: u32, plans: &[Plan<'_>], files: &HashMap<u64, OwnedFd>) -> Result<()> {
         let mut program = Program::new();
         let mut by_file: BTreeMap<(bool, u64), Vec<&Plan<'_>>> = BTreeMap::new();
+        let mut system_v: BTreeMap<(u64, u64, bool), Vec<&VmaEntry>> = BTreeMap::new();
         for plan in plans {
+            if plan.vma.status & status::SYSVIPC != 0 {
+                let begin = plan.vma.start.wrapping_sub(plan.vma.pgoff);
+                let read_only = plan.vma.fdflags == Some(libc::O_RDONLY as u32);
+                let attachment = (plan.vma.shmid, begin, read_only);
+                system_v.entry(attachment).or_default().push(plan.vma);
+                continue;
+            }
             let segment = plan.vma.status & status::ANON_SHARED != 0;
             let file = plan.vma.status & (status::FILE_PRIVATE | status::FILE_SHARED) != 0;
             if segment || file {
@@ -179,6 +187,18 @@ impl Build {
                 program.call("close a mapped file", libc::SYS_close, &[descriptor]);
             }
         }
+        for ((id, ..), pieces) in &system_v {
+            let tid = self.task(pid)?.leader.tid();
+            let room = |length: u64| {
+                let maps = maps::parse(&crate::procfs::read(tid, "maps")?)?;
+                let mut ranges: Vec<(u64, u64)> = maps.iter().map(|map| (map.start, map.end)).collect();
+                ranges.extend(plans.iter().map(|plan| (plan.vma.start, plan.vma.end)));
+                ranges.push(self.arena_range());
+                maps::largest_gap(&mut ranges, length)
+                    .ok_or_else(|| Error::new("attach a System V segment").because("the address space is full"))
+            };
+            sysv::attach(&mut program, *id, self.system_v.size(*id)?, pieces, room)?;
+        }
         self.run(pid, &program).map(drop)
     }
 
@@ -208,6 +228,10 @@ impl Build {
                 id as u32,
                 File::from(file.try_clone().context("duplicate a descriptor")?),
             );
+        }
+        for (id, file) in self.system_v.files() {
+            let file = file.try_clone().context("duplicate a descriptor")?;
+            sink.segments.insert(id as u32, file);
         }
         Ok(sink)
     }

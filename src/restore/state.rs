@@ -20,7 +20,7 @@ use crate::error::{Context, Error, Result};
 use crate::procfs::maps;
 use crate::remote::{Arg, Newborn, Program, Puppet, RemoteAddr, RemoteMemory};
 use crate::resource::fd::{self, FileRestore, locks, memfd, regular};
-use crate::resource::mem::{bounds, mapping, mapping::status};
+use crate::resource::mem::{bounds, mapping, mapping::status, sysv};
 use crate::resource::task::seccomp;
 use crate::resource::{Installing, Restoring, Stage, TASK_KINDS};
 use crate::tree::{TaskImage, TreeImage, task_state};
@@ -42,6 +42,11 @@ impl Build {
     /// When one is missing or another.
     pub fn open_backing(&mut self, image: &TreeImage, restore: &mut FileRestore<'_>) -> Result<HashMap<u64, OwnedFd>> {
         self.segments.make(&image.tasks)?;
+        let root = image.tasks.first();
+        if let Some(namespace) = root.and_then(|task| task.ids.ipc_ns_id) {
+            let pid = self.root;
+            self.system_v = sysv::Segments::make(namespace, restore.store, &mut |program| self.run(pid, program))?;
+        }
         for (id, file) in memfd::segments(restore)? {
             self.segments.adopt(u64::from(id), file);
         }

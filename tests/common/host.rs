@@ -6,7 +6,7 @@
 //!      └── b (10.77.0.2)                                    pids from 17,000
 //! ```
 //!
-//! Each has its own pid, network, mount and uts namespace, its own /proc, /run, /dev/pts and nftables, and shares the files of the
+//! Each has its own pid, network, mount, IPC and uts namespace, its own /proc, /run, /dev/pts and nftables, and shares the files of the
 //! machine. Nothing has a name outside of them, so nothing can collide and nothing can be left behind: a namespace goes
 //! with its processes, and these go with their first one, which the kernel kills when this test's thread ends.
 
@@ -53,7 +53,16 @@ impl Host {
             directory.display()
         );
         let mut command = Command::new("setpriv");
-        command.args(["--pdeathsig", "KILL", "unshare", "--net", "--pid", "--mount", "--uts"]);
+        command.args([
+            "--pdeathsig",
+            "KILL",
+            "unshare",
+            "--net",
+            "--pid",
+            "--mount",
+            "--uts",
+            "--ipc",
+        ]);
         command.args(["--fork", "--mount-proc", "--kill-child", "sh", "-c", &script]);
         command
             .stdin(Stdio::null())
@@ -116,7 +125,7 @@ impl Host {
         command
             .arg("-t")
             .arg(self.init.to_string())
-            .args(["-n", "-p", "-m", "-u", "--"]);
+            .args(["-n", "-p", "-m", "-u", "-i", "--"]);
         command.args(words).stdin(Stdio::null());
         command
     }

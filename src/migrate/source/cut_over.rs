@@ -312,6 +312,7 @@ impl Migration<'_> {
         let FrozenTree { tree, collected, .. } = put.tree;
         collected.abandon_files()?;
         tree.kill()?;
+        collected.abandon_segments();
         drop(put.looked);
         // Our duplicates were the last: connections vanish here, still behind the lock.
         drop(collected);

@@ -16,7 +16,7 @@ use crate::kernel::sys;
 use crate::migrate::wire::{Begin, NeededFile, TaskShape};
 use crate::procfs::{self, maps::Mapping};
 use crate::remote::inject::GadgetCache;
-use crate::resource::mem::mapping;
+use crate::resource::mem::{mapping, sysv};
 use crate::resource::task::tables::{self, Tables};
 
 /// How often a running tree is looked at before what seems impossible to carry is taken to be so.
@@ -128,6 +128,9 @@ impl Looked {
                 numbers.insert(number, own);
                 let maps = procfs::maps::parse(&procfs::read(pid, "smaps")?)?;
                 describe_memory(pid, &maps, &stat, &mut shape, begin, &mut files)?;
+                for map in maps.iter().filter(|map| sysv::is_segment(map)) {
+                    collected.segments.system_v.note(pid, map)?;
+                }
                 let pidfd = sys::pidfd_open(pid).with(|| Error::new("open a pidfd").task(pid))?;
                 let highest = collected.look_at_running(pid, pidfd.as_fd())?;
                 begin.highest_descriptor = begin.highest_descriptor.max(highest);
@@ -147,6 +150,7 @@ impl Looked {
             begin.tasks.push(shape);
         }
         begin.files = files.into_values().collect();
+        begin.system_v = collected.segments.system_v.describe()?;
         // All at once: the other end of a socket may be in another task.
         looked.listeners = check_files(&collected, options, begin)?;
         Ok(looked)

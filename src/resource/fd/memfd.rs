@@ -264,6 +264,7 @@ pub fn segments(restore: &mut FileRestore<'_>) -> Result<Vec<(u32, OwnedFd)>> {
 mod tests {
     use super::*;
     use crate::resource::fd::fixture;
+    use crate::resource::mem::shared::FIRST_ID;
     use std::os::unix::fs::FileExt;
 
     fn make(name: &str) -> File {
@@ -282,7 +283,7 @@ mod tests {
         let mut restore = dumped.context();
         fd::open_all(&mut restore, &|_| true).unwrap();
         for (shmid, segment) in segments(&mut restore).unwrap() {
-            assert_eq!(shmid, 1);
+            assert_eq!(shmid, FIRST_ID);
             File::from(segment).write_all_at(b"contents", 3).unwrap();
         }
         Memfd.resume(&dumped.entries[&1], &mut restore).unwrap();
@@ -362,14 +363,17 @@ mod tests {
             .collect();
         let files = entries.values().filter_map(|entry| entry.memfd.as_ref());
         let inodes_of_files: Vec<_> = files.map(|memfd| memfd.inode_id).collect();
-        assert_eq!(inodes_of_files, [1, 1, 1, 1], "two descriptors and two mappings");
+        assert_eq!(inodes_of_files, [FIRST_ID; 4], "two descriptors and two mappings");
         assert_eq!(mapped.len(), 2);
         assert!(mapped.iter().all(|(flags, memfd)| *flags == Some(memfd.flags)));
         assert_eq!(collected.segments.iter().count(), 1);
         let restore_options = crate::restore::Options::default();
         let mut restore = FileRestore::new(&store, &restore_options, &entries);
-        let inode = inodes(&restore).unwrap().remove(&1).unwrap();
-        assert_eq!((inode.name.as_str(), inode.size, inode.shmid), ("mapped", 8192, 1));
+        let inode = inodes(&restore).unwrap().remove(&u64::from(FIRST_ID)).unwrap();
+        assert_eq!(
+            (inode.name.as_str(), inode.size, inode.shmid),
+            ("mapped", 8192, FIRST_ID)
+        );
         let copy = Memfd.open(&entries[&mapped[0].1.id], &mut restore).unwrap();
         assert_eq!(rustix::fs::fstat(&copy).unwrap().st_size, 8192);
     }

@@ -1,18 +1,20 @@
 //! Regular files, directories, symbolic links opened themselves, and the simple character devices.
 
 use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::PathBuf;
 
-use whimbrel_images::entry::ImageWriter;
+use whimbrel_images::entry::{ImageReader, ImageWriter};
 use whimbrel_images::proto::{
-    FdTypes, FileEntry, GhostFileEntry, RegFileEntry, RemapFilePathEntry, RemapType, Timeval,
+    FdTypes, FileEntry, GhostChunkEntry, GhostFileEntry, RegFileEntry, RemapFilePathEntry, RemapType, Timeval,
 };
 
 use crate::error::{Context, Error, Result};
 use crate::resource::FileKind;
 use crate::resource::fd::{self, FileDump, FileRestore, OpenFile};
+use crate::resource::mem::shared;
 
 /// Files that are found again by their path.
 pub struct Regular;
@@ -193,20 +195,67 @@ fn write_ghost(source: &Source<'_>, handle: &OwnedFd, id: u32, dump: &mut FileDu
         ino: Some(stat.st_ino),
         atim: time(stat.st_atime, stat.st_atime_nsec),
         mtim: time(stat.st_mtime, stat.st_mtime_nsec),
+        atim_rest: Some((stat.st_atime_nsec % 1000) as u32),
+        mtim_rest: Some((stat.st_mtime_nsec % 1000) as u32),
         size: Some(stat.st_size as u64),
         ..GhostFileEntry::default()
     };
     let mut image = ImageWriter::create(dump.store, &format!("ghost-file-{ghost:x}.img")).context("create an image")?;
-    image.write(&entry).context("write a deleted file")?;
     // What is in a FIFO is in an image of its own.
     if stat.st_mode & libc::S_IFMT == libc::S_IFREG {
         let contents = fd::reopen(handle.as_fd(), libc::O_RDONLY as u32).context("open a deleted file")?;
-        image
-            .extra_from(&mut File::from(contents))
-            .context("write a deleted file")?;
+        write_contents(&mut image, entry, File::from(contents)).context("write a deleted file")?;
+    } else {
+        image.write(&entry).context("write a deleted file")?;
     }
     image.finish().context("write a deleted file")?;
     write_remap(id, ghost, dump)
+}
+
+/// Writes a deleted file with its contents: as they are, or where it has holes, in chunks.
+fn write_contents(image: &mut ImageWriter, mut entry: GhostFileEntry, mut contents: File) -> std::io::Result<()> {
+    let size = entry.size.unwrap_or(0);
+    let runs = shared::populated(&contents)?;
+    let covered: u64 = runs.iter().map(|run| run.bytes()).sum();
+    contents.rewind()?;
+    if covered >= size {
+        image.write(&entry)?;
+        image.extra_from(&mut contents)?;
+        return Ok(());
+    }
+    entry.chunks = Some(true);
+    image.write(&entry)?;
+    for run in runs {
+        let len = run.end().min(size).saturating_sub(run.start);
+        image.write(&GhostChunkEntry { len, off: run.start })?;
+        contents.seek(SeekFrom::Start(run.start))?;
+        if image.extra_from(&mut (&contents).take(len))? != len {
+            return Err(std::io::Error::other("it has become shorter"));
+        }
+    }
+    Ok(())
+}
+
+/// Fills a deleted file from its image.
+fn read_contents(image: &mut ImageReader, meta: &GhostFileEntry, file: &mut File) -> Result<()> {
+    let failed = "fill a deleted file";
+    if meta.chunks != Some(true) {
+        image.copy_rest(file).context(failed)?;
+    }
+    while meta.chunks == Some(true)
+        && let Some(chunk) = image.next::<GhostChunkEntry>().context(failed)?
+    {
+        let end = chunk.off.checked_add(chunk.len);
+        if end.is_none_or(|end| meta.size.is_some_and(|size| end > size)) {
+            return Err(Error::new(failed).because("a chunk lies behind the end of the file"));
+        }
+        file.seek(SeekFrom::Start(chunk.off)).context(failed)?;
+        image.copy_extra(chunk.len, file).context(failed)?;
+    }
+    match meta.size {
+        Some(size) => file.set_len(size).context("size a deleted file"),
+        None => Ok(()),
+    }
 }
 
 /// Opens the file of an entry with `flags`, after checking that it is the one.
@@ -291,9 +340,6 @@ fn make_ghost(entry: &RegFileEntry, ghost: u32, restore: &FileRestore<'_>) -> Re
         .image(&name)?
         .ok_or_else(|| Error::new("restore a deleted file").because(format!("{name} is missing")))?;
     let meta = image.required::<GhostFileEntry>().context("read a deleted file")?;
-    if meta.chunks == Some(true) {
-        return Err(Error::new("restore a deleted file").because("ghost files in chunks are not supported yet"));
-    }
     let path: PathBuf = restore.options.root.join(entry.name.trim_start_matches('/'));
     let parent = path.parent().unwrap_or(&path);
     let unique = parent.join(path.file_name().unwrap_or_default());
@@ -319,10 +365,7 @@ fn make_ghost(entry: &RegFileEntry, ghost: u32, restore: &FileRestore<'_>) -> Re
     let filled = (|| -> Result<()> {
         let mut file = File::from(file.try_clone().context("duplicate a descriptor")?);
         if !fifo {
-            image.copy_rest(&mut file).context("fill a deleted file")?;
-            if let Some(size) = meta.size {
-                file.set_len(size).context("size a deleted file")?;
-            }
+            read_contents(&mut image, &meta, &mut file)?;
         }
         rustix::fs::fchown(
             &file,
@@ -333,10 +376,32 @@ fn make_ghost(entry: &RegFileEntry, ghost: u32, restore: &FileRestore<'_>) -> Re
         .context("set the owner of a deleted file")?;
         rustix::fs::fchmod(&file, mode)
             .map_err(std::io::Error::from)
-            .context("set the mode of a deleted file")
+            .context("set the mode of a deleted file")?;
+        let time = |time: Option<Timeval>, rest: Option<u32>| match time {
+            Some(time) => rustix::fs::Timespec {
+                tv_sec: time.tv_sec as i64,
+                tv_nsec: (time.tv_usec.min(999_999) * 1000) as i64 + i64::from(rest.unwrap_or(0).min(999)),
+            },
+            None => rustix::fs::Timespec {
+                tv_sec: 0,
+                tv_nsec: rustix::fs::UTIME_OMIT,
+            },
+        };
+        let times = rustix::fs::Timestamps {
+            last_access: time(meta.atim, meta.atim_rest),
+            last_modification: time(meta.mtim, meta.mtim_rest),
+        };
+        rustix::fs::futimens(&file, &times)
+            .map_err(std::io::Error::from)
+            .context("set the times of a deleted file")
     })();
     let removed = std::fs::remove_file(&made).context("delete a file again");
-    filled.and(removed).map(|()| file)
+    filled.and(removed)?;
+    if fifo {
+        return Ok(file);
+    }
+    // Nothing that is open for writing can be the executable of a task: only the name of the file is kept.
+    fd::reopen(file.as_fd(), libc::O_PATH as u32).context("hold a deleted file")
 }
 
 /// The GNU build id of an ELF file as little-endian words; empty when it has none.

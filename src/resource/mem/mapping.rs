@@ -9,6 +9,7 @@ use crate::error::{Context, Error, Result};
 use crate::procfs::maps::Mapping;
 use crate::remote::{Arg, Program};
 use crate::resource::mem::pages::Pages;
+use crate::resource::mem::sysv;
 
 /// `vma_entry.status` bits of the image format.
 #[allow(missing_docs)]
@@ -37,6 +38,8 @@ pub enum Backing {
     SharedAnonymous,
     /// A memfd; private or shared.
     Memfd,
+    /// A System V segment; its id is the inode.
+    SystemV,
     /// Made by the kernel: vdso, vvar, vsyscall.
     Kernel,
 }
@@ -98,7 +101,7 @@ pub fn describe(mapping: &Mapping, brk: (u64, u64)) -> Result<(VmaEntry, Backing
         }
         _ if mapping.shared && deleted_shared(b"/dev/zero") => Backing::SharedAnonymous,
         _ if mapping.shared && name.starts_with(b"[anon_shmem:") => Backing::SharedAnonymous,
-        _ if deleted_shared(b"/SYSV") => return Err(refuse(mapping, "System V shared memory is not supported yet")),
+        _ if sysv::is_segment(mapping) => Backing::SystemV,
         _ if deleted_shared(b"/memfd:") => Backing::Memfd,
         _ if mapping.inode != 0 && name.starts_with(b"/") && !name.starts_with(b"/[") => Backing::File,
         _ if mapping.inode != 0 => return Err(refuse(mapping, "this kind of kernel object cannot be mapped again")),
@@ -126,6 +129,7 @@ pub fn describe(mapping: &Mapping, brk: (u64, u64)) -> Result<(VmaEntry, Backing
     entry.status |= match backing {
         Backing::Anonymous => status::ANON_PRIVATE,
         Backing::SharedAnonymous => status::ANON_SHARED,
+        Backing::SystemV => status::ANON_SHARED | status::SYSVIPC,
         _ if mapping.shared => status::FILE_SHARED,
         _ => status::FILE_PRIVATE,
     };

@@ -4,4 +4,5 @@ pub mod bounds;
 pub mod mapping;
 pub mod pages;
 pub mod shared;
+pub mod sysv;
 pub mod vdso;

@@ -1,4 +1,4 @@
-//! Shared memory without a file system: shared anonymous memory and memfds.
+//! Shared memory without a file system: shared anonymous memory, memfds, System V segments.
 //!
 //! Contents are stored once per segment, as `pagemap-shmem-ID`, by offset.
 
@@ -11,11 +11,20 @@ use rustix::fs::SeekFrom;
 use whimbrel_images::page::{MemoryObject, PAGE_SIZE, PageRun, PageSink};
 
 use crate::error::{Context, Error, Result};
+use crate::procfs::maps::Mapping;
+use crate::resource::mem::sysv;
+
+/// Image ids of segments begin here. Those of System V segments are their own ids, which are smaller: inodes would not do,
+/// for the kernel gives theirs to other segments, too.
+pub const FIRST_ID: u32 = 1 << 31;
 
 /// Segments of a tree while it is dumped: device and inode to image id.
 #[derive(Default)]
 pub struct Segments {
     ids: HashMap<(u64, u64), (u32, File)>,
+    /// System V segments.
+    pub system_v: sysv::Seen,
+    system_v_files: Vec<(u32, File)>,
 }
 
 impl Segments {
@@ -27,8 +36,30 @@ impl Segments {
         let stat = rustix::fs::fstat(&file)
             .map_err(std::io::Error::from)
             .context("look at shared memory")?;
-        let next = self.ids.len() as u32 + 1;
+        let next = FIRST_ID + self.ids.len() as u32;
         Ok(self.ids.entry((stat.st_dev, stat.st_ino)).or_insert((next, file)).0)
+    }
+
+    /// Takes note of a mapping of a System V segment in process `pid`; `open` opens it. Returns its image id, which is its id.
+    ///
+    /// # Errors
+    /// When it cannot be looked at.
+    pub fn id_of_system_v(
+        &mut self,
+        pid: i32,
+        mapping: &Mapping,
+        open: impl FnOnce() -> std::io::Result<File>,
+    ) -> Result<u32> {
+        let (id, first) = self.system_v.note(pid, mapping)?;
+        if first {
+            let file = open().with(|| {
+                Error::new("open a System V segment")
+                    .task(pid)
+                    .object(format!("segment {id}"))
+            })?;
+            self.system_v_files.push((id as u32, file));
+        }
+        Ok(id as u32)
     }
 
     /// Image ids by device and inode.
@@ -41,14 +72,13 @@ impl Segments {
     /// # Errors
     /// When one cannot be read or stored.
     pub fn dump(&self, sink: &mut dyn PageSink) -> Result<()> {
-        self.ids
-            .values()
-            .try_for_each(|(id, file)| dump_segment(*id, file, sink))
+        self.iter().try_for_each(|(id, file)| dump_segment(id, file, sink))
     }
 
     /// Every segment: its image id and its file.
     pub fn iter(&self) -> impl Iterator<Item = (u32, &File)> {
-        self.ids.values().map(|(id, file)| (*id, file))
+        let all = self.ids.values().chain(&self.system_v_files);
+        all.map(|(id, file)| (*id, file))
     }
 }
 

@@ -126,7 +126,7 @@ def a_deleted_file_is_shared_by_those_who_had_it_open():
     equal(os.fstat(f.fileno()).st_ino, os.fstat(other).st_ino, 'the inode')
 
 
-@promise(broken={'all': 'times are not restored'})
+@promise
 def a_deleted_file_keeps_mode_owner_and_times():
     f = file('f', b'x')
     os.chown(place('f'), 1234, 4321)
@@ -157,7 +157,7 @@ def a_large_deleted_file_is_refused_by_default():
     equal(os.fstat(f.fileno()).st_size, 2 << 20)
 
 
-@promise(dump=['--ghost-limit', '2M'], broken={'all': 'holes become zeros'}, not_in={'migrated': 'migrate has no --ghost-limit'})
+@promise(dump=['--ghost-limit', '2M'], not_in={'migrated': 'migrate has no --ghost-limit'})
 def holes_of_a_deleted_file_stay_holes():
     f = file('f')
     os.pwrite(f.fileno(), b'begin', 0)

@@ -142,7 +142,7 @@ def a_file_mapped_at_an_offset_stays_there():
     equal(get(at + PAGE, 1), b'\x08')
 
 
-@promise(broken={'all': 'restore: set the bounds of the address space: permission denied'})
+@promise
 def a_running_program_that_was_deleted_goes_on():
     import shutil
     copy = place('copy')
@@ -432,14 +432,120 @@ def huge_pages_in_a_memfd_are_refused():
     equal(os.fstat(fd).st_size, 2 << 20)
 
 
-@promise(refused='System V')
-def system_v_shared_memory_is_refused():
-    segment = call(29, 0, 3 * PAGE, 0o1600)
-    at = call(30, segment, 0, 0)
-    call(31, segment, 0, 0)  # removed while attached
-    put(at, b'system five')
+class Segment:
+    """A System V segment; it is removed when the promise has been kept, or was before."""
+    FIELDS = dict(key=(0, 4), uid=(4, 4), gid=(8, 4), creator=(12, 4), mode=(20, 4), size=(48, 8), attached=(88, 8))
+
+    def __init__(self, size, key=0, mode=0o600):
+        self.id = call(29, key, size, 0o1000 | mode)
+        self.at = self.attach()
+
+    def attach(self, how=0):
+        return call(30, self.id, 0, how)
+
+    def status(self, *names):
+        buffer = ctypes.create_string_buffer(112)
+        call(31, self.id, 2, buffer)
+        return [int.from_bytes(buffer[at:at + size], 'little') for at, size in (self.FIELDS[name] for name in names)]
+
+    def remove(self):
+        call(31, self.id, 0, 0)
+
+
+@promise
+def a_system_v_segment_that_was_removed_stays_attached():
+    segment = Segment(3 * PAGE)
+    segment.remove()
+    put(segment.at, b'system five')
     yield
-    equal(get(at, 11), b'system five')
+    equal(get(segment.at, 11), b'system five')
+    equal(segment.status('mode', 'size', 'attached'), [0o1600, 3 * PAGE, 1])
+    call(67, segment.at)  # shmdt(2)
+    fails(errno.EINVAL, segment.status)
+
+
+@promise
+def a_system_v_segment_keeps_id_key_owner_mode_and_size():
+    key = 0x57480000 | os.getpid()
+    segment = Segment(PAGE + 100, key)
+    wanted = ctypes.create_string_buffer(112)
+    wanted[4:8], wanted[8:12], wanted[20:22] = (7).to_bytes(4, 'little'), (8).to_bytes(4, 'little'), (0o640).to_bytes(2, 'little')
+    call(31, segment.id, 1, wanted)  # IPC_SET
+    call(31, segment.id, 11, 0)  # SHM_LOCK
+    names = ['key', 'uid', 'gid', 'creator', 'mode', 'size', 'attached']
+    before = segment.status(*names)
+    equal(before, [key, 7, 8, 0, 0o2640, PAGE + 100, 1])
+    put(segment.at + PAGE, b'x' * 100)
+    yield
+    try:
+        equal(segment.status(*names), before)
+        equal(call(29, key, 0, 0), segment.id, 'the segment with that key')
+        equal(get(segment.at + PAGE, 101), b'x' * 100 + bytes(1))
+    finally: segment.remove()
+
+
+@promise
+def a_system_v_segment_that_somebody_else_made_stays_his():
+    def child():
+        os.setresgid(200, 200, 200)
+        os.setresuid(100, 100, 100)
+        os._exit(call(29, 0x57490000, PAGE, 0o1666) < 0)
+    pid = os.fork()
+    if pid == 0: child()
+    equal(os.waitpid(pid, 0)[1], 0)
+    segment = Segment(0, 0x57490000)
+    yield
+    try: equal(segment.status('uid', 'gid', 'creator'), [100, 200, 100])
+    finally: segment.remove()
+
+
+@promise
+def a_system_v_segment_attached_twice_and_by_a_child_is_one():
+    segment = Segment(1 << 20)
+    segment.remove()
+    put(segment.at, b'both')
+    again = segment.attach(0o10000)  # SHM_RDONLY
+
+    def child():
+        yield
+        equal(get(segment.at, 4), b'both')
+        put(segment.at + 9 * PAGE, b'from the child')
+    other = Child(child)
+    yield
+    check(faults(put, again, b'x'), 'what was attached for reading can be written')
+    fails(errno.EACCES, call, 10, again, PAGE, READ | WRITE)
+    other.join()
+    equal((get(segment.at + 9 * PAGE, 14), get(again + 9 * PAGE, 14)), (b'from the child', b'from the child'))
+    equal(segment.status('attached'), [2])
+
+
+@promise
+def pieces_of_an_attached_system_v_segment_are_detached_together():
+    segment = Segment(8 * PAGE)
+    segment.remove()
+    for page in range(8): put(segment.at + page * PAGE, b'%d' % page)
+    call(11, segment.at + 2 * PAGE, PAGE)
+    other = new(1, at=segment.at + 2 * PAGE, flags=PRIVATE | ANONYMOUS | FIXED)
+    put(other, b'mine')
+    call(10, segment.at + 5 * PAGE, PAGE, READ)
+    second = segment.attach()
+    yield
+    equal([get(segment.at + page * PAGE, 1) for page in (0, 1, 3, 4, 5, 6, 7)], [b'%d' % page for page in (0, 1, 3, 4, 5, 6, 7)])
+    check(faults(put, segment.at + 5 * PAGE, b'x'), 'what was protected can be written')
+    put(segment.at + 7 * PAGE, b'seen')
+    equal((get(second + 7 * PAGE, 4), get(other, 4)), (b'seen', b'mine'))
+    call(67, segment.at)
+    equal((segment.status('attached'), get(other, 4)), ([1], b'mine'))
+
+
+@promise(refused='processes outside of the tree have it attached')
+def a_system_v_segment_that_others_have_attached_is_refused():
+    segment = Segment(PAGE)
+    segment.remove()
+    other = Outside(attach=segment.attach)
+    other('attach')
+    yield
+    equal(segment.status('attached'), [3])
 
 
 @promise(refused='io_uring')
