@@ -4,8 +4,10 @@
 #![allow(dead_code, unused_imports)]
 
 pub mod facts;
+pub mod flavour;
 pub mod host;
 pub mod leftovers;
+pub mod place;
 pub mod program;
 pub mod redis;
 pub mod tool;

@@ -13,8 +13,6 @@
 
 #[path = "../common/mod.rs"]
 mod common;
-mod flavour;
-mod place;
 mod promise;
 mod table;
 
@@ -22,8 +20,8 @@ use std::collections::BTreeMap;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use flavour::{FLAVOURS, Flavour};
-use place::Place;
+use common::flavour::{FLAVOURS, Flavour};
+use common::place::Place;
 use promise::{Promise, Verdict};
 
 /// How many parts the flavours other than the first are split into.

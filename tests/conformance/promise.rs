@@ -1,17 +1,17 @@
 //! One promise: started, moved, compared, asked.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
 use serde::Deserialize;
 
 use crate::common::facts::{Facts, differences, facts_of_all};
+use crate::common::flavour::{Failure, Flavour, Moving};
 use crate::common::host::Host;
+use crate::common::place::Place;
 use crate::common::victim::{PYTHON, start_daemon};
-use crate::flavour::Flavour;
-use crate::place::Place;
 
 /// As `promises.py --list` tells it; its `promise` says what the marks mean.
 #[derive(Deserialize)]
@@ -56,24 +56,6 @@ impl Verdict {
     }
 }
 
-/// A step that failed. Before the tree was taken apart, the program must go on.
-pub struct Failure {
-    /// Is it the dump or the migration that failed?
-    pub before: bool,
-    /// What was said.
-    pub text: String,
-}
-
-impl Failure {
-    /// After the tree was taken apart.
-    pub fn after(text: impl Into<String>) -> Failure {
-        Failure {
-            before: false,
-            text: text.into(),
-        }
-    }
-}
-
 impl std::fmt::Display for Promise {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{}: {}", self.kind, self.name)
@@ -105,19 +87,33 @@ pub fn all() -> Vec<Promise> {
 }
 
 /// A program between its setting up and its looking at itself.
-pub struct Moving<'a> {
-    pub promise: &'a Promise,
-    pub place: &'a Place,
-    pub pid: i32,
-    pub directory: PathBuf,
-    /// Is the program told to look at itself before it runs again, so that it does so while memory follows?
-    pub at_once: bool,
+struct Asked<'a> {
+    promise: &'a Promise,
+    place: &'a Place,
+    pid: i32,
+    directory: PathBuf,
+    at_once: bool,
     before: Facts,
 }
 
-impl Moving<'_> {
-    /// Words for a verb of CRIU's.
-    pub fn words(&self, verb: &str) -> Vec<&str> {
+impl Moving for Asked<'_> {
+    fn name(&self) -> String {
+        self.promise.to_string()
+    }
+
+    fn place(&self) -> &Place {
+        self.place
+    }
+
+    fn pid(&self) -> i32 {
+        self.pid
+    }
+
+    fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    fn words(&self, verb: &str) -> Vec<&str> {
         let own = match verb {
             "restore" => self.promise.restore.as_slice(),
             "dump" => &self.promise.dump,
@@ -127,13 +123,16 @@ impl Moving<'_> {
         self.promise.options.iter().chain(own).map(String::as_str).collect()
     }
 
-    /// Tells the program to look at itself.
-    pub fn look(&self) {
+    fn at_once(&self) -> bool {
+        self.at_once
+    }
+
+    fn look(&self) {
         std::fs::write(self.directory.join("go"), "").unwrap();
     }
 
     /// /proc must say what it said before.
-    pub fn is_the_same(&self) -> Result<(), Failure> {
+    fn is_the_same(&self) -> Result<(), Failure> {
         let host = self.place.destination();
         let two = host.name != self.place.source().name;
         let deadline = Instant::now() + Duration::from_secs(3);
@@ -257,7 +256,7 @@ impl Promise {
             }
             Err(text) => return Verdict::Failed(format!("cannot be set up: {text}")),
         }
-        let moving = Moving {
+        let moving = Asked {
             promise: self,
             place,
             pid,

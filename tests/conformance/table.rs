@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 use std::path::PathBuf;
 
-use crate::flavour::FLAVOURS;
+use crate::common::flavour::FLAVOURS;
 use crate::promise::Promise;
 
 const COMMAND: &str = "cargo test --test conformance -- --ignored write_the_table";
@@ -94,7 +94,7 @@ fn cell(kept: usize, all: usize) -> String {
 /// Promises with a mark, and the flavours for which each reason holds.
 fn marked<'a>(
     promises: &'a [Promise],
-    mark: impl Fn(&'a Promise, &crate::flavour::Flavour) -> Option<&'a str>,
+    mark: impl Fn(&'a Promise, &crate::common::flavour::Flavour) -> Option<&'a str>,
 ) -> Vec<(&'a Promise, String, &'a str)> {
     let mut all = Vec::new();
     for promise in promises {

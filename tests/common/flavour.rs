@@ -5,9 +5,60 @@ use std::path::Path;
 use std::process::{Output, Stdio};
 use std::time::{Duration, Instant};
 
-use crate::common::host::Host;
-use crate::common::tool::{Running, text};
-use crate::promise::{Failure, Moving};
+use super::host::Host;
+use super::place::Place;
+use super::tool::{Running, text};
+
+/// A program that stands in a place, to be moved.
+pub trait Moving {
+    /// For messages.
+    fn name(&self) -> String;
+
+    /// Where it is, and where it shall be.
+    fn place(&self) -> &Place;
+
+    /// Its pid, as its host numbers it.
+    fn pid(&self) -> i32;
+
+    /// A directory for images and logs.
+    fn directory(&self) -> &Path;
+
+    /// Words for a verb.
+    fn words(&self, verb: &str) -> Vec<&str>;
+
+    /// Is the program told to look at itself before it runs again, so that it does so while memory follows?
+    fn at_once(&self) -> bool {
+        false
+    }
+
+    /// Tells the program to look at itself.
+    fn look(&self) {}
+
+    /// It must be as it was before.
+    ///
+    /// # Errors
+    /// With what is not.
+    fn is_the_same(&self) -> Result<(), Failure>;
+}
+
+/// A step that failed. Before the tree was taken apart, the program must go on.
+#[derive(Debug)]
+pub struct Failure {
+    /// Is it the dump or the migration that failed?
+    pub before: bool,
+    /// What was said.
+    pub text: String,
+}
+
+impl Failure {
+    /// After the tree was taken apart.
+    pub fn after(text: impl Into<String>) -> Failure {
+        Failure {
+            before: false,
+            text: text.into(),
+        }
+    }
+}
 
 /// A way to move a program.
 pub struct Flavour {
@@ -18,7 +69,7 @@ pub struct Flavour {
     /// Does every run ask all promises in it?
     pub always: bool,
     /// Moves one.
-    pub go: fn(&Moving<'_>) -> Result<(), Failure>,
+    pub go: fn(&dyn Moving) -> Result<(), Failure>,
 }
 
 /// All flavours.
@@ -90,8 +141,8 @@ impl Flavour {
 
 const PORT: &str = "9100";
 
-fn images(moving: &Moving<'_>, name: &str) -> String {
-    let path = moving.directory.join(name);
+fn images(moving: &dyn Moving, name: &str) -> String {
+    let path = moving.directory().join(name);
     std::fs::create_dir_all(&path).unwrap();
     path.display().to_string()
 }
@@ -115,35 +166,35 @@ fn until(what: &str, mut condition: impl FnMut() -> bool) -> Result<(), Failure>
     Ok(())
 }
 
-fn dump(moving: &Moving<'_>, verb: &str, images: &str, more: &[&str]) -> Result<(), Failure> {
-    let host = moving.place.source();
-    let pid = moving.pid.to_string();
+fn dump(moving: &dyn Moving, verb: &str, images: &str, more: &[&str]) -> Result<(), Failure> {
+    let host = moving.place().source();
+    let pid = moving.pid().to_string();
     let words = [&[verb, "-t", &pid, "-D", images], more, &moving.words(verb)].concat();
     good(&host.whimbrel(&words), true, verb)?;
     if verb == "dump" {
-        until("the program is gone", || !host.proc(moving.pid, "").exists())?;
+        until("the program is gone", || !host.proc(moving.pid(), "").exists())?;
     }
     Ok(())
 }
 
-fn restore(moving: &Moving<'_>, images: &str, more: &[&str]) -> Result<(), Failure> {
-    let host = moving.place.destination();
+fn restore(moving: &dyn Moving, images: &str, more: &[&str]) -> Result<(), Failure> {
+    let host = moving.place().destination();
     let words = [&["restore", "-d", "-D", images], more, &moving.words("restore")].concat();
     let output = host.whimbrel(&words);
     if !output.status.success() && std::env::var_os("WHIMBREL_TEST_KEEP").is_some() {
-        println!("images of {}: {images}", moving.promise);
+        println!("images of {}: {images}", moving.name());
     }
     good(&output, false, "restore")
 }
 
-fn dump_and_restore(moving: &Moving<'_>) -> Result<(), Failure> {
+fn dump_and_restore(moving: &dyn Moving) -> Result<(), Failure> {
     let images = images(moving, "images");
     dump(moving, "dump", &images, &[])?;
     restore(moving, &images, &[])?;
     moving.is_the_same()
 }
 
-fn three_times(moving: &Moving<'_>) -> Result<(), Failure> {
+fn three_times(moving: &dyn Moving) -> Result<(), Failure> {
     for round in 1..=3 {
         let images = images(moving, &format!("images-{round}"));
         let failed = |failure: Failure| Failure {
@@ -158,7 +209,7 @@ fn three_times(moving: &Moving<'_>) -> Result<(), Failure> {
     Ok(())
 }
 
-fn chain(moving: &Moving<'_>) -> Result<(), Failure> {
+fn chain(moving: &dyn Moving) -> Result<(), Failure> {
     let [one, two, three] = ["one", "two", "three"].map(|name| images(moving, name));
     dump(moving, "pre-dump", &one, &[])?;
     dump(moving, "pre-dump", &two, &["--prev-images-dir", "../one"])?;
@@ -212,10 +263,10 @@ fn ends_well(running: &mut Running, log: &Path, what: &str) -> Result<(), Failur
     )))
 }
 
-fn page_server(moving: &Moving<'_>) -> Result<(), Failure> {
+fn page_server(moving: &dyn Moving) -> Result<(), Failure> {
     let [here, there] = ["here", "there"].map(|name| images(moving, name));
-    let log = moving.directory.join("page-server.log");
-    let host = moving.place.source();
+    let log = moving.directory().join("page-server.log");
+    let host = moving.place().source();
     let mut server = start(
         host,
         &log,
@@ -249,23 +300,23 @@ fn page_server(moving: &Moving<'_>) -> Result<(), Failure> {
 /// Restores with memory that follows, and has the program look at itself meanwhile, or compares when all is there: before,
 /// the kernel shows neither arguments nor environment.
 fn restore_lazily(
-    moving: &Moving<'_>,
+    moving: &dyn Moving,
     images: &str,
     wait_for_all: impl FnOnce() -> Result<(), Failure>,
 ) -> Result<(), Failure> {
-    if moving.at_once {
+    if moving.at_once() {
         moving.look();
     }
     restore(moving, images, &["--lazy-pages"])?;
     wait_for_all()?;
-    if moving.at_once { Ok(()) } else { moving.is_the_same() }
+    if moving.at_once() { Ok(()) } else { moving.is_the_same() }
 }
 
-fn lazily(moving: &Moving<'_>) -> Result<(), Failure> {
+fn lazily(moving: &dyn Moving) -> Result<(), Failure> {
     let images = images(moving, "images");
     dump(moving, "dump", &images, &[])?;
-    let log = moving.directory.join("daemon.log");
-    let mut daemon = start(moving.place.source(), &log, &["lazy-pages", "-D", &images]);
+    let log = moving.directory().join("daemon.log");
+    let mut daemon = start(moving.place().source(), &log, &["lazy-pages", "-D", &images]);
     until("the daemon's socket", || {
         Path::new(&images).join("lazy-pages.socket").exists()
     })?;
@@ -274,11 +325,14 @@ fn lazily(moving: &Moving<'_>) -> Result<(), Failure> {
     })
 }
 
-fn lazily_remote(moving: &Moving<'_>) -> Result<(), Failure> {
+fn lazily_remote(moving: &dyn Moving) -> Result<(), Failure> {
     let images = images(moving, "images");
-    let (source, destination) = (moving.place.source(), moving.place.destination());
-    let (pid, address) = (moving.pid.to_string(), source.address.as_str());
-    let (dump_log, daemon_log) = (moving.directory.join("dump.log"), moving.directory.join("daemon.log"));
+    let (source, destination) = (moving.place().source(), moving.place().destination());
+    let (pid, address) = (moving.pid().to_string(), source.address.as_str());
+    let (dump_log, daemon_log) = (
+        moving.directory().join("dump.log"),
+        moving.directory().join("daemon.log"),
+    );
     let words = [
         "dump",
         "-v4",
@@ -312,27 +366,27 @@ fn lazily_remote(moving: &Moving<'_>) -> Result<(), Failure> {
         ends_well(&mut daemon, &daemon_log, "the daemon ends when all is there")?;
         ends_well(&mut dump, &dump_log, "the dump ends when all was fetched")
     })?;
-    until("the old copy is gone", || !source.proc(moving.pid, "").exists())
+    until("the old copy is gone", || !source.proc(moving.pid(), "").exists())
 }
 
-fn migrate(moving: &Moving<'_>, mode: &str, at_once: bool) -> Result<(), Failure> {
-    let (source, destination) = (moving.place.source(), moving.place.destination());
+fn migrate(moving: &dyn Moving, mode: &str, at_once: bool) -> Result<(), Failure> {
+    let (source, destination) = (moving.place().source(), moving.place().destination());
     let words = [&["--mode", mode], &moving.words("migrate")[..]].concat();
-    let mut migration = source.migrate(moving.pid, destination, &words);
+    let mut migration = source.migrate(moving.pid(), destination, &words);
     // From then on the tree is frozen, and next runs over there.
     let told = at_once && migration.wait_for_phase("prepared");
     if told {
         moving.look();
     }
     migration.finish().map_err(|text| Failure { before: true, text })?;
-    until("the old copy is gone", || !source.proc(moving.pid, "").exists())?;
+    until("the old copy is gone", || !source.proc(moving.pid(), "").exists())?;
     if told { Ok(()) } else { moving.is_the_same() }
 }
 
-fn pre_copy(moving: &Moving<'_>) -> Result<(), Failure> {
+fn pre_copy(moving: &dyn Moving) -> Result<(), Failure> {
     migrate(moving, "pre-copy", false)
 }
 
-fn post_copy(moving: &Moving<'_>) -> Result<(), Failure> {
-    migrate(moving, "post-copy", moving.at_once)
+fn post_copy(moving: &dyn Moving) -> Result<(), Failure> {
+    migrate(moving, "post-copy", moving.at_once())
 }

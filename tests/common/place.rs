@@ -1,17 +1,30 @@
-//! Where promises are asked: a host, or two of which the second takes programs over.
+//! Where programs are moved: a host, or two of which each takes programs over from the other.
 
 use std::path::PathBuf;
 
-use crate::common::host::{Host, Hosts};
-use crate::common::tool::{Serve, binary};
-use crate::flavour::Flavour;
+use super::flavour::Flavour;
+use super::host::{Host, Hosts};
+use super::tool::{Serve, binary};
 
-/// A place in which one worker asks one promise after the other.
+/// A place in which one program after the other is moved.
 pub struct Place {
-    // Before the hosts, so that it ends before them.
-    _serve: Option<Serve>,
+    // Before the hosts, so that they end before them.
+    _serves: Vec<Serve>,
     hosts: Kind,
     tool: PathBuf,
+    /// From which to which of the hosts programs go.
+    way: Way,
+}
+
+/// From which host to which.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// Stays on the first.
+    Stays,
+    /// From the first to the second.
+    There,
+    /// From the second to the first.
+    Back,
 }
 
 enum Kind {
@@ -27,9 +40,10 @@ impl Place {
             let hosts = Hosts::new();
             let serve = flavour.is("migrated").then(|| hosts.b.serve());
             return Place {
-                _serve: serve,
+                _serves: serve.into_iter().collect(),
                 hosts: Kind::Two(Box::new(hosts)),
                 tool,
+                way: Way::There,
             };
         }
         let directory = tempfile::Builder::new()
@@ -39,25 +53,52 @@ impl Place {
             .unwrap();
         let host = Host::new("lone", directory.path(), 2000);
         Place {
-            _serve: None,
+            _serves: Vec::new(),
             hosts: Kind::One(host, directory),
             tool,
+            way: Way::Stays,
+        }
+    }
+
+    /// A place for all flavours: two hosts that both take programs over, and a third for clients.
+    pub fn for_all() -> Place {
+        let hosts = Hosts::new();
+        Place {
+            _serves: vec![hosts.a.serve(), hosts.b.serve()],
+            hosts: Kind::Two(Box::new(hosts)),
+            tool: std::fs::canonicalize(binary()).unwrap(),
+            way: Way::Stays,
+        }
+    }
+
+    /// Where programs go from now on.
+    pub fn goes(&mut self, way: Way) {
+        self.way = way;
+    }
+
+    fn host(&self, second: bool) -> &Host {
+        match &self.hosts {
+            Kind::One(host, _) => host,
+            Kind::Two(hosts) if second => &hosts.b,
+            Kind::Two(hosts) => &hosts.a,
         }
     }
 
     /// Where programs start.
     pub fn source(&self) -> &Host {
-        match &self.hosts {
-            Kind::One(host, _) => host,
-            Kind::Two(hosts) => &hosts.a,
-        }
+        self.host(self.way == Way::Back)
     }
 
     /// Where they are after a move.
     pub fn destination(&self) -> &Host {
+        self.host(self.way == Way::There)
+    }
+
+    /// Where clients are, where there are two hosts.
+    pub fn client(&self) -> &Host {
         match &self.hosts {
             Kind::One(host, _) => host,
-            Kind::Two(hosts) => &hosts.b,
+            Kind::Two(hosts) => &hosts.client,
         }
     }
 
