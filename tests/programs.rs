@@ -184,6 +184,22 @@ fn a_node_service_with_a_worker_moves_with_its_clients() {
 }
 
 #[test]
+fn a_rust_service_of_tokio_moves_with_its_clients() {
+    if can_run(&[]) {
+        moves("tokio", 9001, "service_client.py", |_| {
+            let built = std::process::Command::new(env!("CARGO"))
+                .args(["build", "--quiet", "--example", "service", "--manifest-path"])
+                .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml"))
+                .status()
+                .unwrap();
+            assert!(built.success(), "cargo: {built}");
+            let service = Path::new(env!("CARGO_BIN_EXE_whimbrel")).with_file_name("examples/service");
+            owned(&[&service.display().to_string(), "9001"])
+        });
+    }
+}
+
+#[test]
 fn a_java_service_moves_with_its_clients() {
     if can_run(&["java", "javac"]) {
         moves("java", 9001, "service_client.py", |directory| {
