@@ -145,6 +145,8 @@ impl Build {
         mut files: FileRestore<'a>,
         paths: &HashMap<u64, OwnedFd>,
     ) -> Result<Ready<'a>> {
+        // Of sessions whose leaders came with the memory that they inherit.
+        self.lend_masters(&mut files);
         let on_paths: HashSet<u32> = paths.keys().map(|&id| id as u32).collect();
         let by_descriptor: HashSet<u32> = image.tasks.iter().flat_map(|task| &task.fds).map(|fd| fd.id).collect();
         for entry in image.files.values().filter(|entry| by_descriptor.contains(&entry.id)) {
