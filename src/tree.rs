@@ -318,6 +318,14 @@ pub fn speaker(pid: i32) -> i32 {
     living.min().unwrap_or(pid)
 }
 
+/// The signal that tells a parent of a task's end, for images: none for SIGCHLD.
+pub fn exit_signal(stat: &Stat) -> Option<u32> {
+    // Until it is told, an orphan's is SIGCHLD whatever it was; a thread's is -1.
+    u32::try_from(stat.exit_signal)
+        .ok()
+        .filter(|&signal| signal != libc::SIGCHLD as u32)
+}
+
 fn is_dead(stat: &Stat) -> bool {
     matches!(stat.state, b'Z' | b'X')
 }

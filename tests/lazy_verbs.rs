@@ -450,7 +450,11 @@ impl There {
             "--address",
             "127.0.0.1",
         ];
-        let daemon = self.start(victim, "daemon.log", &[&arguments[..], &["--port", &port], more].concat());
+        let daemon = self.start(
+            victim,
+            "daemon.log",
+            &[&arguments[..], &["--port", &port], more].concat(),
+        );
         until("the daemon's socket", || {
             victim.path("images/lazy-pages.socket").exists()
         });

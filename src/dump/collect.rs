@@ -272,6 +272,7 @@ fn pstree_entry(task: &Task, threads: Vec<u32>) -> PstreeEntry {
         pgid: task.group as u32,
         sid: task.session as u32,
         threads,
+        exit_signal: crate::tree::exit_signal(&task.stat),
     }
 }
 
@@ -683,6 +684,16 @@ impl Collected {
         shared.pids.clone_from(&self.pids);
         shared.next_id = self.next_id;
         shared
+    }
+
+    /// Tells that a process that runs is of the tree, which itself knows it as `inner`.
+    pub fn know(&mut self, pid: i32, inner: u32) {
+        self.pids.insert(pid, inner as i32);
+    }
+
+    /// Numbers of the pseudo terminals that control sessions of the tree, by session.
+    pub fn terminals(&self) -> BTreeMap<u32, u32> {
+        fd::tty::terminals(&self.open, &self.pids)
     }
 
     /// Looks at the descriptors of a process that runs; returns the highest.

@@ -81,6 +81,10 @@ pub const TIOCGPTN: Get<4> = Get(0x8004_5430);
 pub const TIOCGDEV: Get<4> = Get(0x8004_5432);
 /// Opens the slave of a master; the argument is open flags, the result a descriptor.
 pub const TIOCGPTPEER: Plain = Plain(0x5441);
+/// Types one character into a terminal, at once.
+pub const TIOCSTI: Set<1> = Set(0x5412);
+/// Stops and starts a terminal's output: tcflow(3).
+pub const TCXONC: Plain = Plain(0x540a);
 /// Bytes that can be read.
 pub const FIONREAD: Get<4> = Get(0x541b);
 /// Expirations of a timerfd that nobody read yet.

@@ -193,7 +193,7 @@ fn serve(
     let mut lock = lock_connections(&endpoints)?;
     // The address must be here before sockets can be bound to it; it is announced when the tree runs.
     let address = moved.as_ref().map(address::Added::add).transpose()?;
-    let build = restage(build, &sink, &begin, &image, &restore_options)?;
+    let build = restage(build, &sink, &begin, &image, &store, &restore_options)?;
     let mut put = put_together(build, &sink, &begin, &image, &store, &restore_options, &last)?;
     put.ready.arm()?;
     // First remembered, then said: the source may ask as soon as it has heard it.
@@ -434,6 +434,9 @@ fn stage(begin: &Begin, options: restore::Options) -> Result<(Build, StandbySink
         mapping::validate(&task.vmas)?;
         skeleton.ranges.extend(task.vmas.iter().map(|vma| (vma.start, vma.end)));
         skeleton.flags.insert(entry.pid, task.flags);
+        skeleton
+            .terminals
+            .extend(task.terminal.map(|number| (entry.pid, number)));
         skeleton.tasks.push((entry, task.zombie));
     }
     let mut build = Build::tasks(&skeleton, options)?;
@@ -468,9 +471,10 @@ fn restage(
     sink: &StandbySink,
     begin: &Begin,
     image: &TreeImage,
+    store: &MemStore,
     options: &restore::Options,
 ) -> Result<Build> {
-    let skeleton = Skeleton::of(image);
+    let skeleton = Skeleton::of(image, store)?;
     let ids =
         |entry: &PstreeEntry, zombie: bool, flags: u64| (entry.pid, entry.ppid, entry.pgid, entry.sid, zombie, flags);
     let staged: HashSet<_> = begin
@@ -483,7 +487,11 @@ fn restage(
         .iter()
         .map(|(entry, zombie)| ids(entry, *zombie, skeleton.flags.get(&entry.pid).copied().unwrap_or(0)))
         .collect();
-    if staged == wanted {
+    let terminals = begin
+        .tasks
+        .iter()
+        .filter_map(|task| Some((task.entry.as_ref()?.pid, task.terminal?)));
+    if staged == wanted && skeleton.terminals == terminals.collect() {
         return Ok(build);
     }
     tracing::debug!("the tree has changed since the preflight: its tasks are made anew");

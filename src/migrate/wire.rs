@@ -25,6 +25,9 @@ pub struct TaskShape {
     /// Flags of clone(2) for tables that it shares with its parent.
     #[prost(uint64, tag = "5")]
     pub flags: u64,
+    /// Number of the pseudo terminal of the tree that controls the session that it leads.
+    #[prost(uint32, optional, tag = "6")]
+    pub terminal: Option<u32>,
 }
 
 /// A file that must be the same on both hosts.

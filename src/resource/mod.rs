@@ -24,7 +24,7 @@ use whimbrel_images::proto::{CoreEntry, FdTypes, FileEntry, SeccompEntry, TaskCo
 use crate::error::Result;
 use crate::kernel::nft::{Connection, Protocol};
 use crate::procfs::{stat::Stat, status::Status};
-use crate::remote::{Outcome, Program, Stopped, inject::Home};
+use crate::remote::{CallId, Outcome, Program, Stopped, inject::Home};
 
 pub use fd::{FileDump, FileRestore, OpenFile};
 
@@ -220,6 +220,15 @@ pub trait FileKind: Sync {
         Ok(())
     }
 
+    /// How a task opens the file, if only that can. It is held for [`FileKind::open`] then, under [`OpenedBy::key`].
+    ///
+    /// # Errors
+    /// When the image is damaged.
+    fn opened_by(&self, entry: &FileEntry, restore: &FileRestore<'_>) -> Result<Option<OpenedBy>> {
+        let _ = (entry, restore);
+        Ok(None)
+    }
+
     /// Makes the file in the controller. Files that are made in pairs leave the other one in `restore.hold`.
     ///
     /// # Errors
@@ -244,18 +253,6 @@ pub trait FileKind: Sync {
         Ok(())
     }
 
-    /// As [`FileKind::install`], for kinds whose calls depend on the task (controlling terminals). Drivers call this one, in
-    /// every task that has the file; `first` is true in the first of them in the order of the tree.
-    ///
-    /// # Errors
-    /// When the image is damaged.
-    fn install_in(&self, entry: &FileEntry, fd: u32, task: &Installing<'_>, program: &mut Program) -> Result<()> {
-        if task.first {
-            self.install(entry, fd, program)?;
-        }
-        Ok(())
-    }
-
     /// Called immediately before the tree runs again: the last moment, after the network is unlocked.
     ///
     /// # Errors
@@ -266,16 +263,21 @@ pub trait FileKind: Sync {
     }
 }
 
-/// The task whose descriptors are in place, for [`FileKind::install_in`].
-pub struct Installing<'a> {
-    /// Its id, in its own pid namespace.
-    pub pid: u32,
-    /// Its session.
-    pub session: u32,
-    /// Is it the first task of the tree that has the file?
-    pub first: bool,
-    /// The image set.
-    pub store: &'a dyn whimbrel_images::store::ImageStore,
+/// How a task of the tree opens a file that nobody else can.
+pub struct OpenedBy {
+    /// The task, by its id in its own pid namespace.
+    pub task: u32,
+    /// What it does. It has no descriptors then, and all privileges.
+    pub program: Program,
+    /// The call whose result is the descriptor.
+    pub descriptor: CallId,
+}
+
+impl OpenedBy {
+    /// Under what the file waits in [`FileRestore::held`] for [`FileKind::open`].
+    pub fn key(entry: &FileEntry) -> (FdTypes, u64) {
+        (entry.r#type(), 1 << 63 | u64::from(entry.id))
+    }
 }
 
 /// All kinds of the task family, in the order in which they are restored within a stage.

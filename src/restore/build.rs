@@ -4,12 +4,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use whimbrel_images::proto::PstreeEntry;
+use whimbrel_images::store::ImageStore;
 
 use super::Options;
 use crate::error::{Context, Error, Result};
 use crate::procfs::maps;
 use crate::remote::seed::{self, ARENA_SIZE};
 use crate::remote::{Arena, Arg, Newborn, Program, Puppet, RemoteAddr};
+use crate::resource::fd::tty;
 use crate::resource::mem::{mapping, sysv};
 use crate::resource::task::tables;
 use crate::tree::{TaskImage, TreeImage};
@@ -26,6 +28,8 @@ pub struct Skeleton {
     pub tasks: Vec<(PstreeEntry, bool)>,
     /// Flags of clone(2) for tables that a task shares with its parent, by task; none where there is no entry.
     pub flags: BTreeMap<u32, u64>,
+    /// Numbers of the pseudo terminals that control sessions, by session.
+    pub terminals: BTreeMap<u32, u32>,
     /// Address ranges that any of them uses.
     pub ranges: Vec<(u64, u64)>,
     /// The highest descriptor that any of them uses.
@@ -34,9 +38,16 @@ pub struct Skeleton {
 
 impl Skeleton {
     /// Of a whole image.
-    pub fn of(image: &TreeImage) -> Skeleton {
+    ///
+    /// # Errors
+    /// When the image is damaged.
+    pub fn of(image: &TreeImage, store: &dyn ImageStore) -> Result<Skeleton> {
         let ranges = |task: &TaskImage| task.mm.vmas.iter().map(|vma| (vma.start, vma.end)).collect::<Vec<_>>();
-        Skeleton {
+        let terminals = tty::controlling(store)?;
+        Ok(Skeleton {
+            terminals: (terminals.iter())
+                .map(|terminal| (terminal.session, terminal.index))
+                .collect(),
             tasks: image
                 .tasks
                 .iter()
@@ -59,7 +70,7 @@ impl Skeleton {
                 .map(|fd| fd.fd)
                 .max()
                 .unwrap_or(0),
-        }
+        })
     }
 }
 
@@ -111,6 +122,7 @@ pub struct Build {
     pub(super) control: i32,
     pub(super) segments: super::memory::Segments,
     pub(super) system_v: sysv::Segments,
+    pub(super) masters: super::terminals::Masters,
     /// Tasks whose children have been created, but for those that come later.
     parents: BTreeSet<u32>,
     /// Guards of missing memory in each table of descriptors.
@@ -176,6 +188,7 @@ impl Build {
             control,
             segments: Default::default(),
             system_v: Default::default(),
+            masters: Default::default(),
             parents: BTreeSet::new(),
             guards: BTreeMap::new(),
             pids: Vec::new(),
@@ -205,9 +218,9 @@ impl Build {
             .iter()
             .map(|(entry, _)| entry)
             .find(|entry| entry.pid == child);
-        let parent = entry.map_or(0, |entry| entry.ppid);
+        let entry = entry.ok_or_else(|| Error::new("restore").because("a task has no ids"))?;
         let flags = skeleton.flags.get(&child).copied().unwrap_or(0);
-        self.fork(parent, child, flags)?;
+        self.fork(entry.ppid, entry, flags)?;
         self.create_descendants(skeleton, later)
     }
 
@@ -238,13 +251,14 @@ impl Build {
             let inside = |child: &&PstreeEntry| child.sid == entry.sid || child.sid == child.pid || !leads;
             let flags = |child: u32| skeleton.flags.get(&child).copied().unwrap_or(0);
             for child in children().filter(|child| !inside(child)) {
-                self.fork(entry.pid, child.pid, flags(child.pid))?;
+                self.fork(entry.pid, child, flags(child.pid))?;
             }
             if leads {
                 self.new_session(entry.pid)?;
+                self.take_terminal(skeleton, entry.pid)?;
             }
             for child in children().filter(inside) {
-                self.fork(entry.pid, child.pid, flags(child.pid))?;
+                self.fork(entry.pid, child, flags(child.pid))?;
             }
         }
         Ok(())
@@ -256,15 +270,11 @@ impl Build {
         self.run(pid, &program).map(drop)
     }
 
-    fn fork(&mut self, parent: u32, child: u32, flags: u64) -> Result<()> {
+    fn fork(&mut self, parent: u32, child: &PstreeEntry, flags: u64) -> Result<()> {
+        let exit_signal = u64::from(child.exit_signal.unwrap_or(libc::SIGCHLD as u32));
+        let child = child.pid;
         let (mut program, mut newborn) = (Program::new(), Newborn::new());
-        clone_into(
-            &mut program,
-            child,
-            libc::SIGCHLD as u64,
-            flags,
-            &format!("create task {child}"),
-        );
+        clone_into(&mut program, child, exit_signal, flags, &format!("create task {child}"));
         let arena = self.arena;
         self.task(parent)?
             .leader

@@ -11,6 +11,7 @@ pub mod inherit;
 pub mod lazy;
 pub mod memory;
 pub mod state;
+mod terminals;
 pub mod unfinished;
 mod vacant;
 

@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, OwnedFd};
 
 use whimbrel_images::chain::PageStore;
 use whimbrel_images::page::{MemoryObject, PAGE_SIZE, PageRun};
-use whimbrel_images::proto::{CoreEntry, SeccompEntry, VmaEntry};
+use whimbrel_images::proto::{CoreEntry, FileEntry, SeccompEntry, VmaEntry};
 use whimbrel_images::store::ImageStore;
 
 use super::Build;
@@ -17,12 +17,13 @@ use super::memory::Plan;
 use crate::arch;
 use crate::dump::runs::RunSet;
 use crate::error::{Context, Error, Result};
+use crate::kernel::sys;
 use crate::procfs::maps;
 use crate::remote::{Arg, Newborn, Program, Puppet, RemoteAddr, RemoteMemory};
 use crate::resource::fd::{self, FileRestore, locks, memfd, regular};
 use crate::resource::mem::{bounds, mapping, mapping::status, sysv};
 use crate::resource::task::seccomp;
-use crate::resource::{Installing, Restoring, Stage, TASK_KINDS};
+use crate::resource::{OpenedBy, Restoring, Stage, TASK_KINDS};
 use crate::tree::{TaskImage, TreeImage, task_state};
 
 /// Bytes to write over a task's own vdso, by address.
@@ -41,6 +42,7 @@ impl Build {
     /// # Errors
     /// When one is missing or another.
     pub fn open_backing(&mut self, image: &TreeImage, restore: &mut FileRestore<'_>) -> Result<HashMap<u64, OwnedFd>> {
+        self.lend_masters(restore);
         self.segments.make(&image.tasks)?;
         let root = image.tasks.first();
         if let Some(namespace) = root.and_then(|task| task.ids.ipc_ns_id) {
@@ -148,9 +150,16 @@ impl Build {
         mut files: FileRestore<'a>,
         paths: &HashMap<u64, OwnedFd>,
     ) -> Result<Ready<'a>> {
+        // Of sessions whose leaders came with the memory that they inherit.
+        self.lend_masters(&mut files);
         let on_paths: HashSet<u32> = paths.keys().map(|&id| id as u32).collect();
         let by_descriptor: HashSet<u32> = image.tasks.iter().flat_map(|task| &task.fds).map(|fd| fd.id).collect();
+        for entry in image.files.values().filter(|entry| by_descriptor.contains(&entry.id)) {
+            self.open_in_task(entry, &mut files)
+                .map_err(|error| error.object(fd::describe(entry)))?;
+        }
         fd::open_all(&mut files, &|id| by_descriptor.contains(&id) || !on_paths.contains(&id))?;
+        self.settle_terminals(&files)?;
         let numbers = image
             .tasks
             .iter()
@@ -184,6 +193,21 @@ impl Build {
             image,
             files,
         })
+    }
+
+    /// Lets a task open what nobody else can.
+    fn open_in_task(&mut self, entry: &FileEntry, files: &mut FileRestore<'_>) -> Result<()> {
+        let Some(opened) = fd::kind_of(entry)?.opened_by(entry, files)? else {
+            return Ok(());
+        };
+        let descriptor = self.run(opened.task, &opened.program)?.result(opened.descriptor);
+        let taken = sys::take_descriptor(self.tid_of(opened.task)?, descriptor as i32);
+        let mut program = Program::new();
+        program.call("close a descriptor", libc::SYS_close, &[descriptor.into()]);
+        self.run(opened.task, &program)?;
+        let (kind, key) = OpenedBy::key(entry);
+        files.hold(kind, key, taken.context("take a descriptor")?);
+        Ok(())
     }
 
     fn restore_process(
@@ -244,14 +268,9 @@ impl Build {
             let missing =
                 || Error::new("restore a descriptor").because(format!("the image has no file {}", descriptor.id));
             let entry = files.entries.get(&descriptor.id).ok_or_else(missing)?;
-            let first = installed.insert(descriptor.id);
-            let target = Installing {
-                pid,
-                session: task.entry.sid,
-                first,
-                store: files.store,
-            };
-            fd::kind_of(entry)?.install_in(entry, descriptor.fd, &target, &mut program)?;
+            if installed.insert(descriptor.id) {
+                fd::kind_of(entry)?.install(entry, descriptor.fd, &mut program)?;
+            }
         }
         locks::install(files.store, pid, &mut program)?;
         for kind in TASK_KINDS {
@@ -576,7 +595,7 @@ pub fn from_directory_with<'a>(
 ) -> Result<(Ready<'a>, Vec<LazyTask>)> {
     super::lazy::check_present(pages, lazy)?;
     let inheritance = Inheritance::of(image, pages, lazy)?;
-    let skeleton = super::Skeleton::of(image);
+    let skeleton = super::Skeleton::of(image, store)?;
     let later = |pid: u32| inheritance.is_heir(pid);
     let mut build = Build::tasks_but(&skeleton, options.clone(), &later)?;
     created(build.root_pid().unwrap_or_default())?;

@@ -110,6 +110,7 @@ impl Looked {
                 pgid: inner(&status.ns_pgid, stat.pgrp),
                 sid: inner(&status.ns_sid, stat.session),
                 threads: Vec::new(),
+                exit_signal: crate::tree::exit_signal(&stat),
             };
             let zombie = matches!(stat.state, b'Z' | b'X');
             let mut shape = TaskShape {
@@ -117,6 +118,7 @@ impl Looked {
                 ..TaskShape::default()
             };
             let number = entry.pid;
+            collected.know(pid, number);
             shape.entry = Some(entry);
             if pid == options.pid {
                 begin.name = format!("{} (pid {pid})", String::from_utf8_lossy(&stat.comm));
@@ -151,6 +153,10 @@ impl Looked {
         }
         begin.files = files.into_values().collect();
         begin.system_v = collected.segments.system_v.describe()?;
+        let terminals = collected.terminals();
+        for shape in &mut begin.tasks {
+            shape.terminal = (shape.entry.as_ref()).and_then(|entry| terminals.get(&entry.pid).copied());
+        }
         // All at once: the other end of a socket may be in another task.
         looked.listeners = check_files(&collected, options, begin)?;
         Ok(looked)

@@ -454,7 +454,7 @@ def fanotify_is_refused():
 
 # --- pidfd ---
 
-@promise(broken={'migrated': 'the preflight of migrate takes the pids of the tree for others'})
+@promise
 def a_pidfd_of_oneself_stays():
     fd = os.pidfd_open(os.getpid())
     hits = []
@@ -464,7 +464,7 @@ def a_pidfd_of_oneself_stays():
     eventually(lambda: hits, 'the signal')
 
 
-@promise(broken={'migrated': 'the preflight of migrate takes the pids of the tree for others'})
+@promise
 def a_pidfd_of_a_child_reports_its_end():
     def child(): yield
     other = Child(child)
@@ -474,7 +474,7 @@ def a_pidfd_of_a_child_reports_its_end():
     equal(os.waitid(os.P_PIDFD, fd, os.WEXITED).si_pid, other.pid)
 
 
-@promise(broken={'migrated': 'the preflight of migrate takes the pids of the tree for others'})
+@promise
 def a_pidfd_of_a_dead_child_that_nobody_waited_for_stays():
     pid = os.fork()
     if pid == 0: os._exit(5)

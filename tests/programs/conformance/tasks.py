@@ -391,7 +391,7 @@ def a_child_that_shares_no_signal_handlers_keeps_its_own():
     other.join()
 
 
-@promise(broken={'all': 'restored children tell their ends with SIGCHLD'})
+@promise
 def exit_signals_other_than_sigchld_stay():
     hits = []
     signal.signal(signal.SIGUSR1, lambda *_: hits.append(1))
