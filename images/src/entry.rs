@@ -418,6 +418,7 @@ mod tests {
             pgid: 30495,
             sid: 30495,
             threads: vec![30495, 30497],
+            exit_signal: None,
         }
     }
 

@@ -114,6 +114,7 @@ fn write_images(store: &DirStore) {
                 pgid: pid,
                 sid: pid,
                 threads,
+                exit_signal: None,
             })
             .unwrap();
         let vma = proto::VmaEntry {
