@@ -391,7 +391,7 @@ fn dump_data(info: &mut TtyInfoEntry, dump: &mut FileDump<'_>) -> Result<()> {
     }
     let data = if is_master(info) {
         TtyDataEntry {
-            data: data::shown(handle, false)?.0,
+            data: data::shown(handle, other == Other::Open)?.0,
             ..TtyDataEntry::default()
         }
     } else {
