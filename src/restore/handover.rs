@@ -131,10 +131,13 @@ impl Listener {
         if UnixStream::connect(&path).is_ok() {
             return Err(failed().because("another lazy-pages daemon serves this directory"));
         }
-        let _ = std::fs::remove_file(&path);
-        let listener = UnixListener::bind(&path).with(failed)?;
+        // Its name comes last: whoever sees it may connect, which fails between bind(2) and listen(2).
+        let new = path.with_extension("new");
+        let _ = std::fs::remove_file(&new);
+        let listener = UnixListener::bind(&new).with(failed)?;
+        std::fs::set_permissions(&new, std::fs::Permissions::from_mode(0o600)).with(failed)?;
+        std::fs::rename(&new, &path).with(failed)?;
         let path = std::path::absolute(&shown).with(failed)?;
-        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).with(failed)?;
         Ok(Listener { listener, path })
     }
 

@@ -213,7 +213,7 @@ def a_background_job_that_reads_is_stopped():
     os.kill(other.pid, 9)
 
 
-@promise(broken={'all': 'after the move bash does not list the job as before; children have the controlling terminal, and why it fails is not known yet'})
+@promise(broken={'all': 'it fails after the move, and why is not known'})
 def a_shell_with_a_stopped_job_continues_it():
     import subprocess
     pid, master = pty.fork()
