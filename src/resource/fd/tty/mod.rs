@@ -1,7 +1,7 @@
 //! Terminals.
 //!
 //! A pseudo terminal whose master is in the tree, or gone, is made again, under its number: names and settings survive, and what
-//! is on its way in it ([`data`]). A terminal whose master is outside (a shell's, with `--shell-job`) is not ours to make: its
+//! is on its way in it (`data.rs`). A terminal whose master is outside (a shell's, with `--shell-job`) is not ours to make: its
 //! descriptors become descriptors of the terminal that the restore is started from.
 //!
 //! `tty-info.img` has one entry per end: `rdev` tells which it is, `pty.index` which pair it belongs to. Sessions take their
