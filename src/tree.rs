@@ -468,6 +468,9 @@ pub struct TreeImage {
 /// Version of the image format that CRIU has had since 2.0.
 const IMAGE_VERSION: u32 = 2;
 
+/// The number of the tool's own tables in images; those of the tree come after it.
+pub const TABLES_OF_TOOL: u32 = 1;
+
 impl TreeImage {
     /// Writes everything that this struct holds.
     ///
@@ -575,10 +578,18 @@ impl TreeImage {
 
     /// Facts about a new dump.
     pub fn new_inventory(root: &TaskKobjIdsEntry) -> InventoryEntry {
+        // Those of the tool, which shares namespaces with the tree, and no table: CRIU does not restore a root that has the same.
+        let own = TaskKobjIdsEntry {
+            vm_id: TABLES_OF_TOOL,
+            files_id: TABLES_OF_TOOL,
+            fs_id: TABLES_OF_TOOL,
+            sighand_id: TABLES_OF_TOOL,
+            ..*root
+        };
         InventoryEntry {
             img_version: IMAGE_VERSION,
             fdinfo_per_id: Some(true),
-            root_ids: Some(*root),
+            root_ids: Some(own),
             ns_per_id: Some(true),
             lsmtype: Some(0),
             ..InventoryEntry::default()

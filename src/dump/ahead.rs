@@ -141,11 +141,8 @@ impl TaskAhead {
         let ranges = RunSet::from_ranges(task.ranges.clone());
         let gone = self.vanished(&look).union(&self.stored.subtract(&ranges));
         forget(self.object, &gone, sink)?;
-        let mut own = Vec::new();
-        for &(start, end) in ranges.subtract(&look.watched).ranges() {
-            pages.own(start, end, &mut own)?;
-        }
-        let needed = look.dirty.intersect(&ranges).union(&RunSet::from_runs(&own));
+        let own = memory::own_pages(task, &pages, ranges.subtract(&look.watched).ranges())?;
+        let needed = look.dirty.intersect(&ranges).union(&own);
         self.stored = self.stored.subtract(&gone).union(&needed);
         Ok(needed)
     }

@@ -21,7 +21,7 @@ use crate::resource::fd::{self, FileDump, OpenFile, Shared, memfd, regular};
 use crate::resource::mem::{bounds, mapping, mapping::Backing, shared::Segments};
 use crate::resource::task::tables::{self, Tables};
 use crate::resource::{self, Endpoints, FILE_KINDS, FileKind, Found, TASK_KINDS, ThreadView};
-use crate::tree::{DeadLeader, Task, TaskImage, TaskState, Tree, task_state};
+use crate::tree::{DeadLeader, TABLES_OF_TOOL, Task, TaskImage, TaskState, Tree, task_state};
 
 /// What images call the IPC namespace of a tree.
 const IPC_NAMESPACE: u32 = 3;
@@ -129,6 +129,8 @@ pub struct TaskMemory {
     pub object: MemoryObject,
     /// Ranges that may hold pages of its own.
     pub ranges: Vec<(u64, u64)>,
+    /// The vdso among them: its pages are the kernel's, and go along because another kernel has another one.
+    pub vdso: Option<(u64, u64)>,
 }
 
 /// Everything about a tree but the contents of its memory and the state of its files.
@@ -180,7 +182,7 @@ pub fn collect(tree: &mut Tree, mut prepared: Prepared, options: &Options) -> Re
             TaskState::Zombie(status) => zombie(task, status),
             _ => {
                 check_namespaces(task.pid, root_pid)?;
-                let number = index as u32 + 1;
+                let number = TABLES_OF_TOOL + 1 + index as u32;
                 let own = tables.numbers(pid, number)?;
                 tables::clone_flags(pid, number, &own, numbers.get(&task.parent))?;
                 numbers.insert(task.inner_pid, own);
@@ -296,6 +298,7 @@ fn collect_task(task: &mut Task, tables: [u32; 3], prepared: &mut Prepared, all:
         pid,
         object: MemoryObject::Task(task.inner_pid as u32),
         ranges: Vec::new(),
+        vdso: None,
     };
     for map in &maps {
         let (mut vma, backing) = mapping::describe(map, brk)?;
@@ -305,6 +308,9 @@ fn collect_task(task: &mut Task, tables: [u32; 3], prepared: &mut Prepared, all:
         let contents = private && vma.status & (mapping::status::VVAR | mapping::status::VSYSCALL) == 0;
         if contents {
             memory.ranges.push((map.start, map.end));
+        }
+        if vma.status & mapping::status::VDSO != 0 {
+            memory.vdso = Some((map.start, map.end));
         }
         mm.vmas.push(vma);
     }

@@ -62,14 +62,21 @@ impl Selection {
 /// When its page table cannot be read.
 pub fn select_all(memory: &TaskMemory) -> Result<Selection> {
     let pages = Pages::open(memory.pid)?;
-    let mut store = Vec::new();
-    for &(start, end) in &memory.ranges {
-        pages.own(start, end, &mut store)?;
+    Ok(Selection::of(&own_pages(memory, &pages, &memory.ranges)?))
+}
+
+/// The pages in some of a task's ranges that images need: those of its own, and its vdso.
+///
+/// # Errors
+/// When its page table cannot be read.
+pub fn own_pages(memory: &TaskMemory, pages: &Pages, ranges: &[(u64, u64)]) -> Result<RunSet> {
+    let mut own = Vec::new();
+    for &(start, end) in ranges {
+        pages.own(start, end, &mut own)?;
     }
-    Ok(Selection {
-        store,
-        parent: Vec::new(),
-    })
+    let vdso = RunSet::from_ranges(memory.vdso.into_iter().collect());
+    let vdso = vdso.intersect(&RunSet::from_ranges(ranges.to_vec()));
+    Ok(RunSet::from_runs(&own).union(&vdso))
 }
 
 /// Says which pages of a task the parent has; returns how many.

@@ -86,7 +86,7 @@ impl Contents<'_> {
     /// Adds the parts of an object.
     fn parts(&self, object: MemoryObject, work: &mut Vec<Part>) -> Result<()> {
         const PART: u64 = BATCH as u64;
-        let (mut vdso, mut follows, mut common) = (None, None, RunSet::default());
+        let (mut vdso, mut follows, mut common) = (RunSet::default(), None, RunSet::default());
         if let MemoryObject::Task(pid) = object {
             // This kernel's own vdso needs no contents.
             let kept = self
@@ -95,17 +95,19 @@ impl Contents<'_> {
                 .any(|(other, patches)| *other == pid && !patches.is_empty());
             let task = self.image.tasks.iter().find(|task| task.entry.pid == pid);
             let vma = task.and_then(|task| task.mm.vmas.iter().find(|vma| vma.status & status::VDSO != 0));
-            vdso = vma.filter(|_| !kept).map(|vma| (vma.start, vma.end));
+            vdso = RunSet::from_ranges(
+                vma.filter(|_| !kept)
+                    .map(|vma| (vma.start, vma.end))
+                    .into_iter()
+                    .collect(),
+            );
             follows = self.lazy.get(&pid);
             if let Some(inherited) = self.inheritance.of_task(pid) {
                 common = inherited.common.clone();
             }
         }
         for extent in self.pages.extents(object).context("read pagemaps")? {
-            if vdso.is_some_and(|(start, end)| extent.run.start >= start && extent.run.end() <= end) {
-                continue;
-            }
-            let whole = RunSet::from_runs(&[extent.run]);
+            let whole = RunSet::from_runs(&[extent.run]).subtract(&vdso);
             let now = follows.map_or(whole.clone(), |follows| whole.subtract(follows));
             for (set, compare) in [(now.subtract(&common), false), (now.intersect(&common), true)] {
                 for &(mut at, end) in set.ranges() {

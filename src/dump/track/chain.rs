@@ -81,13 +81,10 @@ impl Chain {
         let look = tracker.look_at_held(self.track)?;
         // What was looked at is known; only the rest is asked for.
         let ranges = RunSet::from_ranges(task.ranges.clone());
-        let mut rest = Vec::new();
         let pages = Pages::open(task.pid)?;
-        for &(start, end) in ranges.subtract(&look.watched).ranges() {
-            pages.own(start, end, &mut rest)?;
-        }
+        let rest = memory::own_pages(task, &pages, ranges.subtract(&look.watched).ranges())?;
         let own = ranges.intersect(&look.watched).subtract(&look.gone);
-        let own = own.union(&RunSet::from_runs(&rest));
+        let own = own.union(&rest);
         if before.is_some() {
             match trusted {
                 true => self.told.0 += 1,
